@@ -1,0 +1,221 @@
+"""The boot: observe, plan, execute, record. What was done is recorded whatever happens."""
+
+from __future__ import annotations
+
+# The signal module imports enum, which would cost a boot 4 ms; this is what it wraps.
+import _signal
+import os
+import time
+
+from immucore import cmdline, fstab, layouts, linux, log, observe, report
+from immucore.errors import CmdlineError, ImmucoreError, Interrupted
+from immucore.execute import SUCCEEDED, Step, execute
+from immucore.plan import SYSROOT, Bind, Operation, Overlay, Plan, WriteFile
+
+TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from immucore.cmdline import Cmdline
+    from immucore.devices import Devices, Wanted
+
+BUG = 70
+FSTAB = "/etc/fstab"
+OUR_FSTAB = f"{report.DIRECTORY}/fstab"
+
+
+class Boot:
+    """One run of the agent, and what has become of it so far."""
+
+    def __init__(self) -> None:
+        self.started_usec = time.monotonic_ns() // 1000
+        self.log = log.start()
+        self.kernel = linux.Kernel()
+        self.cmdline = cmdline.Cmdline()
+        self.mode = ""
+        self.plan = Plan()
+        self.record: list[Step] = []
+        self.waits: list[report.Wait] = []
+
+    def run(self) -> None:
+        """Bring the machine from its command line to a root that can be switched to.
+
+        Raises ImmucoreError.
+        """
+        with open("/proc/cmdline", "rb") as file:
+            line = file.read()
+        self.cmdline = cmdline.parse(line)
+        self.log.debug_wanted = self.cmdline.debug
+        self.log.debug(f"command line: {line.decode('utf-8', 'backslashreplace').strip()}")
+        self.log.debug(f"parsed: {self.cmdline}")
+        layout = layouts.select(self.cmdline)
+        self.mode = layout.mode(self.cmdline)
+        if self.cmdline.engaged:
+            self._mount(layout, self.cmdline)
+        else:
+            for warning in self.cmdline.warnings:
+                self.log.warning(warning)
+        self._do(layout.sentinels(self.cmdline))
+
+    def _mount(self, layout: ModuleType, asked: Cmdline) -> None:
+        devices = self._devices(layout.root_devices(asked))
+        self._do(layout.root(asked, devices))
+        image = observe.image(SYSROOT, lenient=self.mode == "recovery")
+        devices = self._devices(layout.state_devices(asked, image))
+        self._do(layout.state(asked, devices, image))
+        done = [step.operation for step in self.record if step.outcome in SUCCEEDED]
+        self._do(_fstab(done, fstab.render(done, image.fstab), asked))
+
+    def _devices(self, wanted: tuple[Wanted, ...]) -> Devices:
+        """Look at the devices, and wait for what is missing of them."""
+        devices = observe.devices()
+        absent = tuple(each for each in wanted if not devices.candidates(each.spec))
+        if absent:
+            from immucore import wait  # imports pyroute2, as dear as four boots
+
+            self.log.debug(f"not there yet: {', '.join(each.spec for each in absent)}")
+            started_usec = time.monotonic_ns() // 1000
+            devices = wait.for_devices(absent, self.log)
+            self.waits.append(
+                report.Wait(
+                    specs=tuple(each.spec for each in absent),
+                    missing=tuple(each.spec for each in wait.missing(absent, devices)),
+                    took_usec=time.monotonic_ns() // 1000 - started_usec,
+                )
+            )
+        if self.cmdline.debug:
+            for device in devices.all:
+                self.log.debug(f"device: {device}")
+        return devices
+
+    def _do(self, plan: Plan) -> None:
+        """Execute a plan and log each step of it."""
+        self.plan += plan
+        for note in plan.notes:
+            self.log.debug(f"note: {note}")
+        for warning in plan.warnings:
+            self.log.warning(warning)
+        for operation in plan:
+            self.log.debug(f"plan: {operation}, because {operation.why}")
+        before = len(self.record)
+        try:
+            execute(plan, self.kernel, self.record)
+        finally:
+            for step in self.record[before:]:
+                self.log.debug(f"{step.outcome} in {step.took_usec} us: {step.operation}")
+                if step.reason and step.outcome in ("degraded", "ignored"):
+                    self.log.warning(f"{step.reason}; the boot goes on without it")
+                    self.log.debug(f"hint: {step.hint}")
+
+
+def _fstab(done: list[Operation], content: str, asked: Cmdline) -> Plan:
+    """Put fstab into the new root; where /etc cannot be written, bind a file of /run over the image's."""
+    target, why = SYSROOT + FSTAB, "the booted system has to know what is mounted"
+    writable = asked.debug_rw or any(
+        each.target == f"{SYSROOT}/etc" for each in done if isinstance(each, Overlay | Bind)
+    )
+    if writable:
+        return Plan(
+            operations=(WriteFile(target=target, content=content, why=why, criticality="important"),)
+        )
+    return Plan(
+        operations=(
+            WriteFile(target=OUR_FSTAB, content=content, why=why, criticality="important"),
+            Bind(
+                source=OUR_FSTAB, target=target, why=f"{why}, and /etc is read-only", criticality="important"
+            ),
+        )
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """Run the boot; the exit status is that of contract §9. As PID 1 it never returns."""
+    os.umask(0o022)
+    boot = Boot()
+    error: ImmucoreError | None = None
+    try:
+        _signal.signal(_signal.SIGTERM, _interrupted)
+        _signal.signal(_signal.SIGINT, _interrupted)
+        if arguments:
+            raise CmdlineError(
+                f"cannot boot with '{' '.join(arguments)}'", hint="immucore boot takes no arguments"
+            )
+        boot.run()
+    except ImmucoreError as failure:
+        error = failure
+    except OSError as failure:
+        error = ImmucoreError(f"cannot read or write '{failure.filename}': {failure.strerror}")
+    except Exception as failure:  # noqa: BLE001  a bug too has to be told in one sentence, without a traceback
+        error = _bug(boot.log, failure)
+    status = _finish(boot, error)
+    while os.getpid() == 1:
+        _signal.pause()  # the end of PID 1 is a kernel panic, and would take the message with it
+    return status
+
+
+def _interrupted(number: int, _frame: object) -> None:
+    raise Interrupted(
+        f"stopped by signal {number} in the middle of the boot",
+        hint="see who stopped immucore.service: journalctl -b",
+    )
+
+
+def _bug(boot_log: log.Log, failure: Exception) -> ImmucoreError:
+    import traceback  # only here: it imports half the library
+
+    boot_log.debug("".join(traceback.format_exception(failure)))
+    return ImmucoreError(
+        f"this is a bug in immucore: {type(failure).__name__}: {failure}",
+        hint=f"report it with {report.DIRECTORY}/immucore.log, and boot another slot",
+    )
+
+
+def _finish(boot: Boot, error: ImmucoreError | None) -> int:
+    """Write the record, tell the outcome, and return the exit status."""
+    _signal.signal(_signal.SIGTERM, _signal.SIG_IGN)  # the record is worth more than 10 ms
+    reasons = report.degraded(boot.record)
+    outcome = "failed" if error else "degraded" if reasons else "ok"
+    status = error.exit_status if error else 0
+    ended_usec = time.monotonic_ns() // 1000
+    if error:
+        failing = boot.record[-1] if boot.record and boot.record[-1].outcome == "failed" else None
+        boot.log.error(report.summary(error, failing))
+    elif boot.cmdline.engaged:
+        took_ms = (ended_usec - boot.started_usec) // 1000
+        mounted = f"{boot.mode} booted from {boot.cmdline.image} in {took_ms} ms"
+        boot.log.write(
+            log.WARNING if reasons else log.INFO,
+            f"{mounted}, degraded: {'; '.join(reasons)}" if reasons else mounted,
+        )
+    result = report.result(
+        outcome=outcome,
+        exit_status=status,
+        mode=boot.mode,
+        error=error,
+        record=boot.record,
+        waits=boot.waits,
+        started_usec=boot.started_usec,
+        ended_usec=ended_usec,
+    )
+    files = {
+        "plan.json": report.json(report.plan(boot.plan)) + "\n",
+        "steps.json": report.json(report.steps(boot.record)) + "\n",
+        "mounts": report.mount_points(boot.record),
+    }
+    if boot.cmdline.debug:
+        boot.log.debug("mountinfo:\n" + observe.text("/proc/self/mountinfo"))
+    files["immucore.log"] = "".join(f"{line}\n" for line in boot.log.lines)
+    files["result.json"] = report.json(result) + "\n"  # last: it says that the rest is complete
+    try:
+        for name, content in files.items():
+            boot.kernel.write_file(f"{report.DIRECTORY}/{name}", content)
+        if reasons:
+            boot.kernel.write_file("/run/cos/degraded", "".join(f"{reason}\n" for reason in reasons))
+    except OSError as failure:
+        boot.log.error(f"cannot write the record to {report.DIRECTORY}: {failure.strerror}")
+        status = status or BUG
+    if error:
+        report.to_consoles(report.summary(error, None))
+    elif reasons:
+        report.to_consoles("immucore: this boot is degraded: " + "; ".join(reasons))
+    return status

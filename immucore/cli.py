@@ -1,0 +1,169 @@
+"""The command line tools: what `immucore` says about a boot, on the machine itself or from files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from typing import TYPE_CHECKING
+
+from immucore import __version__, cmdline, layouts, observe, report
+from immucore.devices import Device, Devices
+from immucore.errors import CmdlineError, ImmucoreError
+from immucore.plan import Plan, as_booted, is_below
+from immucore.self_test import self_test
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+LSBLK = "lsblk --bytes --pairs --output PATH,FSTYPE,LABEL,UUID,PARTLABEL,PARTUUID,PKNAME,SIZE"
+_DESCRIPTION = "The early-boot agent of image-based Linux: from a disk with images to a running system."
+_SOURCES = "By default it looks at this machine: /proc/cmdline, the udev database, the image that is booted."
+
+
+def devices_from(text: str, name: str) -> Devices:
+    """Read the devices from the output of LSBLK, which can be taken on any machine. Raises CmdlineError."""
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            pairs = dict(word.split("=", 1) for word in shlex.split(line, comments=True))
+            if pairs:
+                found.append(
+                    Device(
+                        path=pairs["PATH"],
+                        fstype=pairs.get("FSTYPE", ""),
+                        label=pairs.get("LABEL", ""),
+                        uuid=pairs.get("UUID", ""),
+                        partlabel=pairs.get("PARTLABEL", ""),
+                        partuuid=pairs.get("PARTUUID", ""),
+                        disk=f"/dev/{pairs['PKNAME']}" if pairs.get("PKNAME") else pairs["PATH"],
+                        size_bytes=int(pairs.get("SIZE") or 0),
+                    )
+                )
+        except (KeyError, ValueError) as error:
+            raise CmdlineError(
+                f"cannot read line {number} of '{name}': {error}", hint=f"make the file with: {LSBLK}"
+            ) from None
+    return Devices(all=tuple(found))
+
+
+def planned(asked: cmdline.Cmdline, devices: Devices, root: str) -> Plan:
+    """Plan the boot that `asked` describes, with the layout of the system at `root`.
+
+    Raises ImmucoreError.
+    """
+    if not asked.engaged:
+        return Plan(
+            notes=("nothing is mounted: no cos-img/filename= here, or rd.cos.disable, or root=live:",),
+            warnings=asked.warnings,
+        )
+    layout = layouts.select(asked)
+    image = observe.image(root, lenient=layout.mode(asked) == "recovery")
+    whole: Plan = layout.root(asked, devices) + layout.state(asked, devices, image) + layout.sentinels(asked)
+    return whole
+
+
+def _sources(arguments: argparse.Namespace) -> Plan:
+    with open(arguments.cmdline, "rb") as file:
+        asked = cmdline.parse(file.read())
+    if arguments.devices:
+        with open(arguments.devices, encoding="utf-8", errors="surrogateescape") as file:
+            devices = devices_from(file.read(), arguments.devices)
+    else:
+        devices = observe.devices()
+    return planned(asked, devices, arguments.root)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    plan = _sources(arguments)
+    if arguments.json:
+        print(json.dumps(report.plan(plan), indent=2))
+        return 0
+    for operation in plan:
+        print(operation)
+    _remarks(plan)
+    return 0
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    plan = _sources(arguments)
+    chosen = [each for each in plan if not arguments.path or _concerns(arguments.path, each.target)]
+    if arguments.json:
+        print(json.dumps(report.plan(Plan(operations=tuple(chosen), notes=plan.notes)), indent=2))
+        return 0
+    for operation in chosen:
+        print(f"{operation}\n    because {operation.why}; {operation.criticality}")
+    if not chosen:
+        print(f"nothing is done for {arguments.path}: it is what the image has, read-only")
+    elif not arguments.path:
+        _remarks(plan)
+    return 0
+
+
+def _concerns(path: str, target: str) -> bool:
+    """Tell whether an operation on `target` decides what `path` of the booted system shows."""
+    return is_below(os.path.normpath(path), as_booted(target))
+
+
+def _remarks(plan: Plan) -> None:
+    for note in plan.notes:
+        print(f"note: {note}")
+    for warning in plan.warnings:
+        print(f"warning: {warning}")
+
+
+def _self_test(_: argparse.Namespace) -> int:
+    problems = self_test()
+    for problem in problems:
+        print(f"immucore: {problem}", file=sys.stderr)
+    print("self-test: failed" if problems else "self-test: every module and library loads")
+    return 1 if problems else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="immucore", description=_DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"immucore {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands.add_parser("boot", help="what the initramfs runs: mount the system below /sysroot")
+    for name, run, text in (
+        ("plan", _plan, "list what a boot does, in order"),
+        ("explain", _explain, "say for each operation which setting asked for it"),
+    ):
+        command = commands.add_parser(name, help=text, description=f"{text.capitalize()}. {_SOURCES}")
+        command.set_defaults(run=run)
+        command.add_argument(
+            "--cmdline", metavar="FILE", default="/proc/cmdline", help="a kernel command line"
+        )
+        command.add_argument("--devices", metavar="FILE", help=f"the output of: {LSBLK}")
+        command.add_argument(
+            "--root", metavar="DIR", default="/", help="where the image is mounted or unpacked"
+        )
+        command.add_argument("--json", action="store_true", help="for programs")
+        if name == "explain":
+            command.add_argument("path", nargs="?", metavar="PATH", help="only what decides about this path")
+    test = commands.add_parser(
+        "self-test", help="import every module and open every library of this program"
+    )
+    test.set_defaults(run=_self_test)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one of the tools; the exit status is that of contract §9."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        status: int = parsed.run(parsed)
+    except ImmucoreError as error:
+        print(f"immucore: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"  hint: {error.hint}", file=sys.stderr)
+        return error.exit_status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # `immucore plan | head`: nobody reads on
+        return 0
+    except OSError as error:
+        print(f"immucore: cannot read '{error.filename}': {error.strerror}", file=sys.stderr)
+        return 2
+    return status

@@ -1,0 +1,220 @@
+"""Kernel command line → Cmdline.
+
+The kernel's own rules (lib/cmdline.c, next_arg) and the keys of contract §2.
+"""
+
+from __future__ import annotations
+
+from immucore.values import Record
+
+TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Any
+
+BLANKS = " \t\n\v\f\r\xa0"  # isspace() of the kernel's lib/ctype.c, which is Latin-1
+DEFAULT_OVERLAY = "tmpfs:20%"
+
+
+class Cmdline(Record):
+    """What the command line asks for.
+
+    `warnings` has a sentence for each word that could not be taken as it stands.
+    """
+
+    image: str = ""  # path inside the partition; empty: this is not our boot
+    root: str = ""
+    mode: str = ""
+    overlay: str = DEFAULT_OVERLAY
+    mounts: tuple[str, ...] = ()
+    oem_label: str = "COS_OEM"
+    oem_timeout_sec: int = 10
+    timeout_sec: int = 180  # 0: for ever
+    debug: bool = False
+    debug_rw: bool = False
+    disable: bool = False
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def engaged(self) -> bool:
+        """Whether the agent mounts anything at all in this boot."""
+        return bool(self.image) and not self.disable and not self.root.startswith("live:")
+
+
+def words(line: bytes) -> Iterator[tuple[str, str | None]]:
+    """Split a command line into (key, value), value None for a bare key, until `--`, as next_arg() does.
+
+    Blanks separate, double quotes protect blanks, and only a quote around the whole word or the whole value
+    goes.
+    """
+    text = line.decode("latin-1")  # one character a byte; UTF-8 comes back at the end
+    position, length = 0, len(text)
+    while position < length:
+        if text[position] in BLANKS:
+            position += 1
+            continue
+        quoted = text[position] == '"'
+        start = position + quoted
+        end, equals, in_quote = start, 0, quoted
+        while end < length and (in_quote or text[end] not in BLANKS):
+            if text[end] == "=" and not equals:
+                equals = end - start  # one at the very start is no separator, for the kernel neither
+            in_quote ^= text[end] == '"'
+            end += 1
+        position = end + 1
+        word = text[start:end]
+        if quoted and word.endswith('"'):
+            word = word[:-1]
+        if word == "--":
+            return
+        key, value = (word[:equals], word[equals + 1 :]) if equals else (word, None)
+        if value is not None and value.startswith('"'):
+            value = value[1:-1] if value.endswith('"') and len(value) > 1 else value[1:]
+        yield _utf8(key), None if value is None else _utf8(value)
+
+
+def _utf8(text: str) -> str:
+    return text.encode("latin-1").decode("utf-8", "surrogateescape")
+
+
+def _text(value: str | None) -> str:
+    if not value:
+        raise ValueError("it needs a value")
+    return value
+
+
+def _path(value: str | None) -> str:
+    path = _text(value)
+    if not path.startswith("/") or "/../" in path + "/":
+        raise ValueError("it has to be an absolute path without '..'")
+    return path
+
+
+def boolean(value: str | None) -> bool:
+    """Read a switch: the bare key is true. Raises ValueError saying what it may be."""
+    if value is None or value.lower() in ("1", "yes", "on", "true"):
+        return True
+    if value.lower() in ("0", "no", "off", "false"):
+        return False
+    raise ValueError("it is a switch: 1 or 0, yes or no, on or off, true or false")
+
+
+def _seconds(low: int, high: int) -> Callable[[str | None], int]:
+    def read(value: str | None) -> int:
+        number = int(value) if value and value.isascii() and value.isdecimal() and len(value) < 10 else -1
+        if not low <= number <= high:
+            raise ValueError(f"it has to be a number of seconds from {low} to {high}")
+        return number
+
+    return read
+
+
+def overlay(value: str | None) -> str:
+    """Check `tmpfs:<size>`, `LABEL=…` or another spelling of a device.
+
+    Raises ValueError saying what it may be.
+    """
+    kind, _, size = _text(value).partition(":")
+    number = size[:-1] if size[-1:] in "kKmMgG%" else size
+    if kind == "tmpfs" and number.isascii() and number.isdecimal() and int(number[:18]) > 0:
+        return f"tmpfs:{size}"
+    return _device(value, "it has to be tmpfs:<size> (20%, 512m) or a device (LABEL=…, UUID=…)")
+
+
+DEVICE_PREFIXES = ("LABEL=", "UUID=", "PARTLABEL=", "PARTUUID=", "/dev/")
+
+
+def _device(value: str | None, expected: str) -> str:
+    for prefix in DEVICE_PREFIXES:
+        if value is not None and value.startswith(prefix) and len(value) > len(prefix):
+            return value
+    raise ValueError(expected)
+
+
+def _volume(value: str | None) -> str:
+    spec, separator, rest = _text(value).partition(":/")
+    expected = "it has to be <device>:/mountpoint[:options] (LABEL=DATA:/data)"
+    _device(spec, expected)
+    if not separator or ".." in rest.partition(":")[0].split("/"):
+        raise ValueError(expected)
+    return _text(value)
+
+
+# Field of Cmdline → (spellings beside rd.cos.X and rd.immucore.X, reader). Contract §2; the last one wins.
+_NATIVE: dict[str, tuple[str, Callable[[str | None], Any]]] = {
+    "overlay": ("rd.cos.overlay", overlay),
+    "mounts": ("rd.cos.mount", _volume),
+    "oem_label": ("rd.cos.oemlabel", _text),
+    "oem_timeout_sec": ("rd.cos.oemtimeout", _seconds(1, 1800)),
+    "timeout_sec": ("rd.cos.timeout", _seconds(0, 10**9)),
+    "debug_rw": ("rd.cos.debugrw", boolean),
+    "disable": ("rd.cos.disable", boolean),
+    "debug": ("rd.cos.debug", boolean),
+}
+_OTHER: dict[str, tuple[str, Callable[[str | None], Any]]] = {
+    "cos_img/filename": ("image", _path),
+    "elemental.image": ("image", _path),
+    "root": ("root", _text),
+    "elemental.mode": ("mode", _text),
+    "elemental.overlay": ("overlay", overlay),
+    "elemental.oemlabel": ("oem_label", _text),
+    "elemental.oemtimeout": ("oem_timeout_sec", _seconds(1, 1800)),
+    "elemental.disable": ("disable", boolean),
+}
+# Keys of the contract whose behaviour is not there yet → the values that ask for what happens anyway.
+_NOT_YET = {
+    "break": (),
+    "safe": ("0", "no", "off", "false"),
+    "nopersist": ("0", "no", "off", "false"),
+    "fallback": ("off",),
+    "bootdisk": ("auto",),
+    "onfail": ("shell",),
+}
+_FSCK = {"fsck.mode": ("auto", "skip"), "fsck.repair": ("preen", "no")}
+
+
+def _readers() -> dict[str, tuple[str, Callable[[str | None], Any]]]:
+    readers = dict(_OTHER)
+    for field, (key, reader) in _NATIVE.items():
+        readers[key] = readers[key.replace("rd.cos.", "rd.immucore.")] = (field, reader)
+    return readers
+
+
+def parse(line: bytes) -> Cmdline:
+    """Read a whole command line.
+
+    Never raises: what cannot be taken is named in `warnings` with what is done.
+    """
+    values: dict[str, Any] = {}
+    warnings: list[str] = []
+    readers = _readers()
+    for spelled, value in words(line):
+        key = spelled.replace("-", "_")
+        shown = spelled if value is None else f"{spelled}={value}"
+        native = key.startswith(("rd.cos.", "rd.immucore."))
+        if key in readers:
+            field, reader = readers[key]
+            try:
+                taken = reader(value)
+            except ValueError as reason:
+                default = getattr(Cmdline, field)
+                if field == "mounts":
+                    instead = "it is left out"
+                else:
+                    values.pop(field, None)
+                    instead = f"the default is taken: {'off' if default is False else default or 'none'}"
+                warnings.append(f"'{shown}' on the kernel command line cannot be read: {reason}; {instead}")
+            else:
+                values[field] = (*values.get(field, ()), taken) if field == "mounts" else taken
+        elif native and (name := key.split(".", 2)[2]) in _NOT_YET:
+            if value not in _NOT_YET[name]:
+                warnings.append(
+                    f"'{shown}' on the kernel command line is not supported yet and does nothing"
+                )
+        elif native:
+            warnings.append(
+                f"'{shown}' on the kernel command line is not a key of immucore and does nothing"
+            )
+        elif key in _FSCK and value not in _FSCK[key]:
+            warnings.append(f"'{shown}' on the kernel command line is not supported yet: nothing is checked")
+    return Cmdline(**values, warnings=tuple(warnings))

@@ -1,0 +1,140 @@
+"""Plan → Kernel, in order, with a Step for each operation."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+
+from immucore.errors import DeviceError, ImmucoreError, MountError
+from immucore.plan import (
+    IMPORTANT,
+    REQUIRED,
+    Bind,
+    Loop,
+    Missing,
+    Mount,
+    Operation,
+    Overlay,
+    Plan,
+    Seed,
+    WriteFile,
+    as_booted,
+    is_below,
+)
+from immucore.values import Record
+
+TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
+if TYPE_CHECKING:
+    from typing import Protocol
+
+    class Kernel(Protocol):
+        """What linux.Kernel does, and the tests' stand-in for it."""
+
+        def mount(self, source: str, target: str, fstype: str, options: tuple[str, ...]) -> str:
+            """Mount a block device or a file system without one."""
+
+        def mount_loop(self, image: str, target: str, options: tuple[str, ...]) -> str:
+            """Mount an image file through a loop device."""
+
+        def bind(self, source: str, target: str) -> str:
+            """Make a directory or file visible at another place too."""
+
+        def overlay(self, target: str, backing: str) -> str:
+            """Stack a writable directory on another."""
+
+        def seed(self, source: str, target: str) -> str:
+            """Copy a directory that is not there yet."""
+
+        def write_file(self, target: str, content: str) -> str:
+            """Write a small file."""
+
+
+SUCCEEDED = ("done", "present")
+
+
+class Step(Record):
+    """What became of an operation.
+
+    Done, present (it was so already), degraded, ignored, failed or skipped.
+    """
+
+    operation: Operation
+    outcome: str
+    started_usec: int  # CLOCK_MONOTONIC
+    took_usec: int
+    reason: str = ""
+    hint: str = ""
+
+
+def execute(plan: Plan, kernel: Kernel, record: list[Step]) -> None:
+    """Carry out a plan. What lies below a path that was lost is skipped, never tried.
+
+    Each operation adds its Step to `record`, also the one that fails. Raises the error of the first required
+    operation that fails.
+    """
+    lost = [step.operation.target for step in record if step.outcome not in SUCCEEDED]
+    for operation in plan:
+        started_usec = time.monotonic_ns() // 1000
+        failure: ImmucoreError | None = None
+        below = next((path for path in lost for need in operation.needs if is_below(need, path)), None)
+        if below is not None:
+            outcome, failure = "skipped", ImmucoreError(f"{below} is not there")
+        else:
+            try:
+                outcome = _call(operation, kernel)
+            except OSError as error:
+                failure = _explained(operation, error)
+            except ImmucoreError as error:
+                failure = error
+            if failure is not None:
+                outcome = {REQUIRED: "failed", IMPORTANT: "degraded"}.get(operation.criticality, "ignored")
+        step = Step(
+            operation=operation,
+            outcome=outcome,
+            started_usec=started_usec,
+            took_usec=time.monotonic_ns() // 1000 - started_usec,
+            reason=failure.message if failure else "",
+            hint=failure.hint if failure else "",
+        )
+        record.append(step)
+        if failure is not None:
+            lost.append(operation.target)
+            if outcome == "failed":
+                raise failure
+
+
+def _call(operation: Operation, kernel: Kernel) -> str:
+    match operation:
+        case Mount(source=source, target=target, fstype=fstype, options=options):
+            return kernel.mount(source, target, fstype, options)
+        case Loop(source=source, target=target, options=options):
+            return kernel.mount_loop(source, target, options)
+        case Overlay(target=target, backing=backing):
+            return kernel.overlay(target, backing)
+        case Seed(source=source, target=target):
+            return kernel.seed(source, target)
+        case Bind(source=source, target=target):
+            return kernel.bind(source, target)
+        case WriteFile(target=target, content=content):
+            return kernel.write_file(target, content)
+        case Missing(reason=reason, hint=hint):
+            raise DeviceError(reason, hint=hint)
+    raise TypeError(f"no kernel call for {type(operation).__name__}")
+
+
+def _explained(operation: Operation, error: OSError) -> MountError:
+    """Say what could not be done in the kernel's words, and what to do about the errors that people meet."""
+    number = error.errno or 0
+    hint = HINTS.get(number, "look at what the kernel says: dmesg | tail")
+    return MountError(
+        f"cannot {operation}: {os.strerror(number)}", hint=hint.format(target=as_booted(operation.target))
+    )
+
+
+HINTS = {
+    errno.EROFS: "create {target} in the image, or list its parent in RW_PATHS",
+    errno.ENOSPC: "free space on the file system that holds it",
+    errno.ENODEV: "the kernel or the initramfs lacks this file system: compare /proc/filesystems",
+    errno.EUCLEAN: "the file system is damaged: check it with fsck",
+}

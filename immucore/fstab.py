@@ -1,0 +1,106 @@
+"""What was mounted → fstab(5), as the booted system has to see it (contract §4.3)."""
+
+from __future__ import annotations
+
+from immucore.plan import REQUIRED, Bind, Loop, Mount, Operation, Overlay, as_booted, is_below
+
+TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+HEADER = "# Written by immucore at every boot from what it mounted. The image's own lines follow.\n"
+
+
+def render(operations: Iterable[Operation], image_fstab: str) -> str:
+    """Render the mounts among `operations` in their order, then the image's lines for other mount points.
+
+    The root has no line: it is mounted, its loop device is named anew at every boot, and a line naming the
+    file would order the root after the partition that holds it, which is ordered after the root. What is
+    mounted once more over an earlier mount point replaces its line.
+    """
+    done = [operation for operation in operations if isinstance(operation, Mount | Bind | Overlay)]
+    lines = {operation.target: _line(operation, done) for operation in done}
+    ours = {as_booted(target) for target in lines}
+    theirs = [line for line in image_fstab.splitlines() if not _mounts(line, ours) and not _of_root(line)]
+    root = "".join(
+        f"# / is {as_booted(operation.source)}, mounted {','.join(operation.options)} by the initramfs.\n"
+        for operation in operations
+        if isinstance(operation, Loop)
+    )
+    return HEADER + root + "".join(f"{line}\n" for line in (*lines.values(), *theirs))
+
+
+def _mounts(line: str, targets: set[str]) -> bool:
+    fields = line.split()
+    return len(fields) > 1 and not line.startswith("#") and unescape(fields[1]) in targets
+
+
+def _of_root(line: str) -> bool:
+    return _mounts(line, {"/"}) or line.startswith("# UNCONFIGURED FSTAB")
+
+
+def _line(operation: Mount | Bind | Overlay, done: list[Mount | Bind | Overlay]) -> str:
+    target = as_booted(operation.target)
+    if isinstance(operation, Bind):
+        source, fstype, options = as_booted(operation.source), "none", ["bind"]
+    elif isinstance(operation, Overlay):
+        backing = as_booted(operation.backing)
+        source, fstype = "overlay", "overlay"
+        options = [f"{key}={path}" for key, path in overlay_paths(target, backing)] + [
+            "index=off",
+            "metacopy=off",
+        ]
+        options.append(f"x-systemd.requires-mounts-for={backing}")
+    else:
+        source, fstype = operation.fstab_name or operation.source, operation.fstype
+        options = [*operation.options] or ["defaults"]
+    if operation.criticality != REQUIRED and "nofail" not in options:
+        options.append("nofail")
+    if _outlives_shutdown(operation, done):
+        options.append("x-initrd.mount")
+    return " ".join([escape(source), escape(target), fstype, escape(",".join(options)), "0", "0"])
+
+
+def overlay_paths(target: str, backing: str) -> tuple[tuple[str, str], ...]:
+    """Give the directories of an overlay as its mount options name them, escaped for the kernel's parser."""
+    return tuple(
+        (key, path.replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,"))
+        for key, path in (
+            ("lowerdir", target),
+            ("upperdir", f"{backing}/upper"),
+            ("workdir", f"{backing}/work"),
+        )
+    )
+
+
+def _outlives_shutdown(operation: Mount | Bind | Overlay, done: list[Mount | Bind | Overlay]) -> bool:
+    """Tell what systemd must not unmount while services end: overlays, binds and what they stand on.
+
+    x-initrd.mount says so (systemd.mount(5)). Below /run it would be taken for something to mount below
+    /sysroot/run; there nothing is needed, because overlayfs keeps its upper layer and systemd leaves
+    /run/initramfs alone.
+    """
+    if not is_below(operation.target, "/sysroot"):
+        return False
+    if isinstance(operation, Bind | Overlay):
+        return True
+    stands_on = [
+        other.source if isinstance(other, Bind) else other.backing
+        for other in done
+        if not isinstance(other, Mount)
+    ]
+    return any(is_below(path, operation.target) for path in stands_on)
+
+
+def escape(text: str) -> str:
+    """Write a field of fstab or mountinfo as getmntent(3) reads it."""
+    return "".join(f"\\{ord(c):03o}" if c in " \t\n\\#" else c for c in text)
+
+
+def unescape(text: str) -> str:
+    """Read a field of fstab or mountinfo: octal escapes (getmntent(3), fs/seq_file.c mangle())."""
+    head, *parts = text.split("\\")
+    return head + "".join(
+        chr(int(part[:3], 8)) + part[3:] if len(part) > 2 and part[:3].isdecimal() else "\\" + part
+        for part in parts
+    )

@@ -1,0 +1,38 @@
+"""What the mounted image, OEM and /run say about the layout, as values."""
+
+from __future__ import annotations
+
+from immucore.values import Record
+
+
+class Setting(Record):
+    """One assignment of a cos-layout.env: `origin` is the file as the booted system names it."""
+
+    name: str
+    value: str
+    origin: str
+    adds: bool = (
+        False  # from extra-layout.env or custom-layout.env: added to the lists instead of replacing them
+    )
+
+    @property
+    def why(self) -> str:
+        """The reason of an operation that this setting asked for."""
+        return f"{self.name} in {self.origin}"
+
+
+class Image(Record):
+    """The settings in the order in which they override, the image's fstab, and whether it mounts /tmp."""
+
+    settings: tuple[Setting, ...] = ()
+    fstab: str = ""
+    mounts_tmp: bool = False  # a tmp.mount that is enabled in the image
+    warnings: tuple[str, ...] = ()  # files that could not be read and were left out
+
+    def setting(self, name: str) -> Setting | None:
+        """Return the assignment that counts: the last that replaces, or None."""
+        return next((s for s in reversed(self.settings) if s.name == name and not s.adds), None)
+
+    def additions(self, name: str) -> tuple[Setting, ...]:
+        """List the assignments that add to whatever `name` is."""
+        return tuple(s for s in self.settings if s.name == name and s.adds)

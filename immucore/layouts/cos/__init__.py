@@ -1,0 +1,252 @@
+"""The cOS layout (contract §1, §3, §4).
+
+A partition with images, one of them looped as root, the rest laid over it.
+
+Pure: command line, devices and what the image says in, plans out.
+"""
+
+from __future__ import annotations
+
+from immucore.devices import Device, Devices, Wanted
+from immucore.errors import DeviceError, LayoutError
+from immucore.layouts.cos.modes import MODES, mode, partition
+from immucore.layouts.cos.names import directory_names
+from immucore.layouts.cos.settings import Volume, by_components, oem, read
+from immucore.plan import (
+    IMPORTANT,
+    OPTIONAL,
+    REQUIRED,
+    SYSROOT,
+    Bind,
+    Loop,
+    Missing,
+    Mount,
+    Operation,
+    Overlay,
+    Plan,
+    Seed,
+    WriteFile,
+    is_below,
+)
+
+TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
+if TYPE_CHECKING:
+    from immucore.cmdline import Cmdline
+    from immucore.image import Image
+    from immucore.layouts.cos.settings import Settings
+
+__all__ = ["mode", "root", "root_devices", "sentinels", "state", "state_devices"]
+
+STATE = "/run/initramfs/cos-state"
+OVERLAY_BASE = "/run/overlay"
+OPTIONAL_TIMEOUT_SEC = 30
+
+
+def root_devices(cmdline: Cmdline) -> tuple[Wanted, ...]:
+    """List the devices that root() needs."""
+    return (
+        Wanted(spec=partition(cmdline), timeout_sec=cmdline.timeout_sec),
+        Wanted(spec=oem(cmdline).spec, timeout_sec=cmdline.oem_timeout_sec),
+    )
+
+
+def root(cmdline: Cmdline, devices: Devices) -> Plan:
+    """Mount the partition, the image in it, and OEM: what has to be there before the layout can be read."""
+    device = devices.find(partition(cmdline))
+    access = ("rw" if cmdline.debug_rw else "ro",)
+    why = f"root={cmdline.root}" if cmdline.root else f"the mode is {mode(cmdline)}"
+    return Plan(
+        operations=(
+            _mount(device, STATE, access, why, REQUIRED),
+            Loop(
+                source=STATE + cmdline.image,
+                target=SYSROOT,
+                options=access,
+                why=f"cos-img/filename={cmdline.image}",
+            ),
+            _volume(oem(cmdline), IMPORTANT, devices, device),
+        ),
+        warnings=cmdline.warnings,
+    )
+
+
+def state_devices(cmdline: Cmdline, image: Image) -> tuple[Wanted, ...]:
+    """List the devices that state() needs beside those of root()."""
+    settings = read(cmdline, image)
+    specs = [(volume.spec, "nofail" in volume.options) for volume in settings.volumes]
+    if _on_device(settings):
+        specs.append((settings.overlay, False))
+    return tuple(
+        Wanted(spec=spec, timeout_sec=OPTIONAL_TIMEOUT_SEC if optional else cmdline.timeout_sec)
+        for spec, optional in specs
+    )
+
+
+def state(cmdline: Cmdline, devices: Devices, image: Image) -> Plan:
+    """Lay volumes, overlays and persistent state over the root that root() mounted."""
+    settings = read(cmdline, image)
+    near = devices.find(partition(cmdline))
+    _refuse_second_oem(cmdline, settings, devices, near)
+    users_data = MODES[mode(cmdline)].users_data
+    names = directory_names(settings.ephemeral)
+    layers: dict[str, Operation] = {
+        volume.mountpoint: _volume(volume, REQUIRED if users_data else IMPORTANT, devices, near)
+        for volume in settings.volumes
+    }
+    for path, why in settings.ephemeral.items():
+        backing = f"{OVERLAY_BASE}/{names[path]}.overlay"
+        layers[path] = _overlay(path, backing, why, users_data)
+    return Plan(
+        operations=(
+            *_overlay_base(settings, devices, near, users_data),
+            *(layers[path] for path in sorted(layers, key=by_components)),
+            *_persistent(settings, users_data),
+            *_tmp(image, {*layers, *settings.persistent}),
+        ),
+        notes=settings.notes,
+        warnings=settings.warnings,
+    )
+
+
+def sentinels(cmdline: Cmdline) -> Plan:
+    """Say which mode was booted, in the field's two places.
+
+    Only ever written after success (contract §3).
+    """
+    name = mode(cmdline)
+    return Plan(
+        operations=tuple(
+            WriteFile(target=f"/run/{field}/{name}_mode", content="1", why=f"the mode is {name}")
+            for field in ("cos", "elemental")
+        )
+    )
+
+
+def _mount(device: Device, target: str, options: tuple[str, ...], why: str, criticality: str) -> Operation:
+    return Mount(
+        source=device.path,
+        target=target,
+        fstype=device.fstype,
+        options=options,
+        fstab_name=device.fstab_name,
+        why=why,
+        criticality=criticality,
+    )
+
+
+def _volume(volume: Volume, criticality: str, devices: Devices, near: Device, target: str = "") -> Operation:
+    """Mount a volume, rw unless its options say otherwise.
+
+    Raises DeviceError for a required one that is not there.
+    """
+    target = target or SYSROOT + volume.mountpoint
+    criticality = OPTIONAL if "nofail" in volume.options else criticality
+    try:
+        device = devices.find(volume.spec, near=near)
+    except DeviceError as error:
+        if criticality == REQUIRED:
+            raise
+        return Missing(
+            spec=volume.spec,
+            target=target,
+            reason=error.message,
+            hint=error.hint,
+            why=volume.why,
+            criticality=criticality,
+        )
+    options = volume.options if {"ro", "rw"} & {*volume.options} else ("rw", *volume.options)
+    return _mount(device, target, options, volume.why, criticality)
+
+
+def _refuse_second_oem(cmdline: Cmdline, settings: Settings, devices: Devices, near: Device) -> None:
+    """Accept another spelling of the OEM that is mounted already, but no other device (contract §4, 6)."""
+    ours, theirs = oem(cmdline), settings.oem
+    if theirs is None or theirs.spec == ours.spec or not devices.candidates(theirs.spec):
+        return
+    if not devices.candidates(ours.spec) or devices.find(theirs.spec, near=near) != devices.find(
+        ours.spec, near=near
+    ):
+        raise LayoutError(
+            f"cannot mount both '{ours}' and '{theirs}' on {theirs.mountpoint}",
+            hint=f"OEM is found before the layout: use rd.cos.oemlabel=, or correct what {theirs.why}",
+        )
+
+
+def _criticality(path: str, users_data: bool) -> str:
+    """Tell what the loss of a writable path means (contract §7).
+
+    Recovery goes on to its shell without any.
+    """
+    return REQUIRED if path in ("/etc", "/var") and users_data else IMPORTANT
+
+
+def _overlay(path: str, backing: str, why: str, users_data: bool) -> Operation:
+    return Overlay(
+        target=SYSROOT + path, backing=backing, why=why, criticality=_criticality(path, users_data)
+    )
+
+
+def _on_device(settings: Settings) -> bool:
+    return bool(settings.ephemeral) and not settings.overlay.startswith("tmpfs:")
+
+
+def _overlay_base(
+    settings: Settings, devices: Devices, near: Device, users_data: bool
+) -> tuple[Operation, ...]:
+    """Mount what backs the ephemeral overlays, if there are any."""
+    criticality = _criticality("/etc", users_data)
+    if not settings.ephemeral:
+        return ()
+    if _on_device(settings):
+        base = Volume(spec=settings.overlay, mountpoint=OVERLAY_BASE, options=(), why=settings.overlay_why)
+        return (_volume(base, criticality, devices, near, target=OVERLAY_BASE),)
+    size = settings.overlay.partition(":")[2]
+    return (
+        Mount(
+            source="immucore-overlay",  # systemd binds a source that begins with /dev/ to a device unit
+            target=OVERLAY_BASE,
+            fstype="tmpfs",
+            options=("mode=0755", f"size={size}"),
+            why=settings.overlay_why,
+            criticality=criticality,
+        ),
+    )
+
+
+def _persistent(settings: Settings, users_data: bool) -> list[Operation]:
+    """Keep each path below the target.
+
+    In a directory seeded from the image and bound, or in an overlay's upper.
+    """
+    target = settings.state_target
+    base = target if is_below(target, "/run") else SYSROOT + target
+    names = directory_names(settings.persistent)
+    operations: list[Operation] = []
+    for path, why in settings.persistent.items():
+        kept, criticality = f"{base}/{names[path]}", _criticality(path, users_data)
+        if settings.bind:
+            operations += [
+                Seed(source=SYSROOT + path, target=f"{kept}.bind", why=why, criticality=criticality),
+                Bind(source=f"{kept}.bind", target=SYSROOT + path, why=why, criticality=criticality),
+            ]
+        else:
+            operations.append(_overlay(path, f"{kept}.overlay", why, users_data))
+    return operations
+
+
+def _tmp(image: Image, taken: set[str]) -> tuple[Operation, ...]:
+    """Give /tmp a tmpfs, unless the layout or the image does something about it itself."""
+    target = "/tmp"  # noqa: S108  the directory of the new root
+    lines = [line.split() for line in image.fstab.splitlines() if not line.startswith("#")]
+    if target in taken or target in [fields[1] for fields in lines if len(fields) > 1] or image.mounts_tmp:
+        return ()
+    return (
+        Mount(
+            source="tmpfs",
+            target=SYSROOT + target,
+            fstype="tmpfs",
+            options=("mode=1777", "nosuid", "nodev"),
+            why=f"{target} has to be writable (the default)",
+            criticality=IMPORTANT,
+        ),
+    )

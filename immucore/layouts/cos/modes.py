@@ -1,0 +1,71 @@
+"""The ways to boot a cOS machine, and which of them a command line asks for (contract §2 and §3)."""
+
+from __future__ import annotations
+
+from immucore.cmdline import DEVICE_PREFIXES
+from immucore.errors import CmdlineError
+from immucore.values import Record
+
+TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
+if TYPE_CHECKING:
+    from immucore.cmdline import Cmdline
+
+
+class Mode(Record):
+    """A way to boot: what its image and its partition are called."""
+
+    image_label: str
+    partition: str
+    users_data: bool  # whether the user's data has to be there (contract §7)
+
+
+MODES = {
+    "active": Mode(image_label="COS_ACTIVE", partition="COS_STATE", users_data=True),
+    "passive": Mode(image_label="COS_PASSIVE", partition="COS_STATE", users_data=True),
+    "recovery": Mode(image_label="COS_SYSTEM", partition="COS_RECOVERY", users_data=False),
+    "live": Mode(image_label="", partition="", users_data=False),
+}
+
+
+def mode(cmdline: Cmdline) -> str:
+    """Tell which of MODES the command line asks for, in any of the field's three dialects.
+
+    Raises CmdlineError.
+    """
+    if cmdline.mode:
+        if cmdline.mode not in ("active", "passive", "recovery"):
+            raise CmdlineError(
+                f"cannot boot the unknown mode '{cmdline.mode}'",
+                hint="write elemental.mode=active, elemental.mode=passive or elemental.mode=recovery",
+            )
+        return cmdline.mode
+    if cmdline.root.startswith("live:") or not cmdline.image:
+        return "live"
+    for name, row in MODES.items():
+        if row.image_label and cmdline.root == f"LABEL={row.image_label}":
+            return name
+    stem = cmdline.image.rpartition("/")[2].partition(".")[0]
+    if stem in MODES and stem != "live":
+        return stem
+    if cmdline.root == f"LABEL={MODES['recovery'].partition}":
+        return "recovery"
+    raise CmdlineError(
+        f"cannot tell the boot mode from cos-img/filename={cmdline.image} and root={cmdline.root}",
+        hint="add elemental.mode=active, passive or recovery to the kernel command line",
+    )
+
+
+def partition(cmdline: Cmdline) -> str:
+    """Spell the partition that holds the image.
+
+    Root=, unless that names the image itself. Raises CmdlineError.
+    """
+    row = MODES[mode(cmdline)]
+    if not cmdline.root or cmdline.root in [f"LABEL={other.image_label}" for other in MODES.values()]:
+        return f"LABEL={row.partition}"
+    if not cmdline.root.startswith(DEVICE_PREFIXES):
+        raise CmdlineError(
+            f"cannot read root={cmdline.root}",
+            hint=f"write root=LABEL={row.partition}, UUID=…, PARTLABEL=…, PARTUUID=… or /dev/…",
+        )
+    return cmdline.root

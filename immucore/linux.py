@@ -1,0 +1,263 @@
+"""The kernel as the executor sees it.
+
+Mount(2), loop ioctls, directories. The only module that changes the machine.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+
+from immucore import observe, seed, syscalls
+from immucore.errors import MountError
+from immucore.fstab import overlay_paths
+from immucore.plan import SYSROOT, is_below
+
+TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
+if TYPE_CHECKING:
+    from immucore.observe import MountPoint
+
+DONE, PRESENT = "done", "present"  # what a call did: it changed the machine, or found it so already
+
+LOOP_CTL_GET_FREE = 0x4C82  # linux/loop.h
+LOOP_CONFIGURE = 0x4C0A  # since Linux 5.8
+LO_FLAGS_READ_ONLY, LO_FLAGS_AUTOCLEAR = 1, 4
+LOOP_ATTEMPTS = 10  # another process may take the free device first (EBUSY)
+OTHER_SLOT = "boot another slot from the boot menu, and install this one again from there"
+# Words of fstab that are not for the kernel (mount(8)); those that only undo a default are not either.
+_NOT_OPTIONS = [
+    "auto",
+    "noauto",
+    "user",
+    "nouser",
+    "users",
+    "owner",
+    "group",
+    "_netdev",
+    "nofail",
+    "defaults",
+    "rw",
+    "suid",
+    "dev",
+    "exec",
+    "async",
+]
+
+
+class Kernel:
+    """Does what operations say, and says what the kernel answered.
+
+    Every method returns DONE or PRESENT and raises OSError or MountError. Paths below `root` are looked up
+    as if it were `/`, so that what is on a disk cannot lead out of it; a directory that is not there is made
+    where its parent is writable.
+    """
+
+    def __init__(self, root: str = SYSROOT) -> None:
+        self._root = root
+
+    def mount(self, source: str, target: str, fstype: str, options: tuple[str, ...]) -> str:
+        """Mount `source` on `target`; what is mounted there from it already stays."""
+        where = self.directory(target)
+        there = _mounted(where)
+        if there and there.fstype == fstype and _same_source(there, source):
+            return PRESENT
+        if not fstype:
+            raise MountError(
+                f"cannot mount '{source}' on '{target}': no file system is known on it",
+                hint=f"see what it holds: blkid -p {source}",
+            )
+        flags, data = split_options(options)
+        syscalls.mount(source, where, fstype, flags, data)
+        return DONE
+
+    def mount_loop(self, image: str, target: str, options: tuple[str, ...]) -> str:
+        """Attach `image` to a free loop device and mount that; the last umount detaches it.
+
+        The device stays open until mount(2) holds it: with LO_FLAGS_AUTOCLEAR its last close detaches the
+        image, and mounting then fails with EIO.
+        """
+        where = self.directory(target)
+        there = _mounted(where)
+        if there and _backing_file(there) == image:
+            return PRESENT
+        if there and target == self._root:
+            raise MountError(
+                f"cannot mount '{image}' on '{target}': {there.source} is mounted there already",
+                hint="look which unit did it: systemctl status sysroot.mount",
+            )
+        try:
+            fstype = observe.superblock(image)
+        except FileNotFoundError:
+            raise MountError(f"cannot find the image '{image}'", hint=OTHER_SLOT) from None
+        if not fstype:
+            raise MountError(
+                f"cannot mount '{image}': no superblock of ext2/3/4, squashfs, erofs, xfs or btrfs in it",
+                hint=OTHER_SLOT,
+            )
+        flags, data = split_options(options)
+        device, descriptor = _attach(image, read_only="ro" in options)
+        try:
+            syscalls.mount(device, where, fstype, flags, data)
+        finally:
+            os.close(descriptor)
+        return DONE
+
+    def bind(self, source: str, target: str) -> str:
+        """Make `source` visible at `target`."""
+        real = self.path(source)
+        where = self.path(target) if stat.S_ISREG(os.stat(real).st_mode) else self.directory(target)
+        if os.path.samestat(os.stat(real), os.stat(where)):
+            return PRESENT
+        syscalls.mount(real, where, "none", syscalls.MS_BIND, "")
+        return DONE
+
+    def overlay(self, target: str, backing: str) -> str:
+        """Stack `backing`/upper on `target`.
+
+        A new upper gets mode, owner and extended attributes of the lower.
+
+        index and metacopy are off because the lower of a kept upper is replaced by upgrades (overlayfs.rst,
+        "Changes to underlying filesystems").
+        """
+        where = self.directory(target)
+        base = self.directory(backing)
+        paths = overlay_paths(where, base)
+        there = _mounted(where)
+        if (
+            there
+            and there.fstype == "overlay"
+            and f"upperdir={paths[1][1]}" in there.superblock_options.split(",")
+        ):
+            return PRESENT
+        upper = f"{base}/upper"
+        if not os.path.isdir(upper):
+            os.mkdir(f"{base}/upper.new", 0o700)
+            seed.copy_attributes(where, f"{base}/upper.new")
+            os.rename(f"{base}/upper.new", upper)
+        os.makedirs(f"{base}/work", 0o700, exist_ok=True)
+        data = ",".join(f"{key}={path}" for key, path in paths)
+        syscalls.mount("overlay", where, "overlay", 0, f"{data},index=off,metacopy=off")
+        return DONE
+
+    def seed(self, source: str, target: str) -> str:
+        """Copy the directory `source` to `target`, which appears whole or not at all.
+
+        One that is there stays.
+        """
+        parent, _, name = target.rpartition("/")
+        where = f"{self.directory(parent)}/{name}"
+        if os.path.isdir(where) and not os.path.islink(where):
+            return PRESENT
+        seed.copy_tree(self.directory(source), where)
+        return DONE
+
+    def write_file(self, target: str, content: str) -> str:
+        """Write `content` to `target` (mode 0644), replacing what was there in one step."""
+        parent, _, name = target.rpartition("/")
+        where = f"{self.directory(parent)}/{name}"
+        if observe.text(where) == content and os.path.isfile(where) and not os.path.islink(where):
+            return PRESENT
+        descriptor = os.open(
+            f"{where}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644
+        )
+        with open(descriptor, "wb") as file:
+            file.write(content.encode("utf-8", "surrogateescape"))
+        os.rename(f"{where}.new", where)
+        return DONE
+
+    def path(self, path: str) -> str:
+        """Return the name of an existing `path` without any symlink in it. Raises OSError."""
+        if not is_below(path, self._root):
+            return os.path.realpath(path, strict=True)
+        root = os.open(self._root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            descriptor = syscalls.openat2(root, path[len(self._root) :].lstrip("/") or ".", os.O_PATH)
+        finally:
+            os.close(root)
+        try:
+            return os.readlink(f"/proc/self/fd/{descriptor}")
+        finally:
+            os.close(descriptor)
+
+    def directory(self, path: str) -> str:
+        """Return the name of a directory without any symlink in it; it is made (0755) if absent."""
+        try:
+            real = self.path(path)
+        except FileNotFoundError:
+            parent, _, name = path.rpartition("/")
+            real = f"{self.directory(parent or '/')}/{name}"
+            try:
+                os.mkdir(real, 0o755)
+            except FileExistsError:
+                raise MountError(
+                    f"cannot use '{path}': it is a symlink to nowhere", hint="remove it from the image"
+                ) from None
+        if not os.path.isdir(real):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+        return real
+
+
+def split_options(options: tuple[str, ...]) -> tuple[int, str]:
+    """Split mount options into the flags of mount(2) and the data for the file system.
+
+    The last of ro and rw counts.
+    """
+    flags, data = 0, []
+    for option in options:
+        if option in syscalls.MS:
+            flags |= syscalls.MS[option]
+        elif option == "rw":
+            flags &= ~syscalls.MS["ro"]
+        elif option not in _NOT_OPTIONS and not option.startswith(("x-", "X-", "comment=")):
+            data.append(option)
+    return flags, ",".join(data)
+
+
+def _attach(image: str, *, read_only: bool) -> tuple[str, int]:
+    """Attach an image; return the name of the loop device and a descriptor that keeps it attached."""
+    flags = LO_FLAGS_AUTOCLEAR | (LO_FLAGS_READ_ONLY if read_only else 0)
+    mode = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
+    file = os.open(image, mode)
+    control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        for attempt in range(LOOP_ATTEMPTS):
+            name = f"/dev/loop{fcntl.ioctl(control, LOOP_CTL_GET_FREE)}"
+            device = os.open(name, mode)
+            # struct loop_config: fd, block_size, struct loop_info64 (lo_flags at 52, lo_file_name at 56),
+            # reserved
+            config = struct.pack("=II52xI64s216x", file, 0, flags, os.fsencode(image)[:63])
+            try:
+                fcntl.ioctl(device, LOOP_CONFIGURE, config)
+            except OSError as error:
+                os.close(device)
+                if error.errno != errno.EBUSY or attempt == LOOP_ATTEMPTS - 1:
+                    raise
+            else:
+                return name, device
+        raise AssertionError("the loop returns or raises")
+    finally:
+        os.close(control)
+        os.close(file)
+
+
+def _mounted(path: str) -> MountPoint | None:
+    """Return what is mounted on exactly this path, the topmost of several."""
+    return next((mount for mount in reversed(observe.mounts()) if mount.target == path), None)
+
+
+def _same_source(there: MountPoint, source: str) -> bool:
+    """Tell whether a mount is of this device; its number counts, not its name."""
+    if there.source == source:
+        return True
+    try:
+        number = os.stat(source).st_rdev
+    except OSError:
+        return False
+    return number != 0 and there.device == f"{os.major(number)}:{os.minor(number)}"
+
+
+def _backing_file(there: MountPoint) -> str:
+    return observe.text(f"/sys/dev/block/{there.device}/loop/backing_file").rstrip("\n")

@@ -1,0 +1,207 @@
+"""What the machine looks like, as values: the devices, the mounts, what the image says. Reads only."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from immucore import envfile, syscalls
+from immucore.devices import Device, Devices
+from immucore.errors import LayoutError
+from immucore.fstab import unescape
+from immucore.image import Image, Setting
+from immucore.values import Record
+
+TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+UDEV = "/run/udev/data"
+MAX_FILE_BYTES = 1 << 20  # nobody's layout is larger, and a disk is not to fill the memory
+
+
+def text(path: str, *, missing: str = "") -> str:
+    """Read a small file; `missing` if there is none."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(MAX_FILE_BYTES).decode("utf-8", "surrogateescape")
+    except FileNotFoundError:
+        return missing
+
+
+def devices(sysfs: str = "/sys/class/block", udev: str = UDEV) -> Devices:
+    """List every block device that udev has looked at; the rest is not known yet.
+
+    The udev database, not the links in /dev/disk: those show whoever came last (contract §6).
+    """
+    found = []
+    for name in sorted(os.listdir(sysfs)):
+        number = text(f"{sysfs}/{name}/dev").strip()
+        record = text(f"{udev}/b{number}")
+        if not record:
+            continue
+        properties = dict(
+            line[2:].split("=", 1) for line in record.splitlines() if line.startswith("E:") and "=" in line
+        )
+        real = os.path.realpath(f"{sysfs}/{name}")
+        whole = (
+            real
+            if properties.get("PARTN") is None and not os.path.exists(f"{real}/partition")
+            else real.rpartition("/")[0]
+        )
+        found.append(_device(name, whole.rpartition("/")[2], properties, text(f"{real}/size")))
+    return Devices(all=tuple(found))
+
+
+def _device(name: str, disk: str, properties: dict[str, str], sectors: str) -> Device:
+    mapped = properties.get("DM_NAME", "")
+    return Device(
+        path=f"/dev/mapper/{mapped}" if mapped else "/dev/" + name.replace("!", "/"),
+        fstype=properties.get("ID_FS_TYPE", ""),
+        label=decode(properties.get("ID_FS_LABEL_ENC", "")),
+        uuid=decode(properties.get("ID_FS_UUID_ENC", "")),
+        partlabel=decode(properties.get("ID_PART_ENTRY_NAME", "")),
+        partuuid=properties.get("ID_PART_ENTRY_UUID", ""),
+        disk="/dev/" + disk.replace("!", "/"),
+        size_bytes=int(sectors or 0) * 512,
+    )
+
+
+def decode(encoded: str) -> str:
+    r"""Undo udev's \xNN (systemd: src/shared/udev-util.c, encode_devnode_name())."""
+    head, *parts = encoded.split("\\x")
+    raw = head.encode("utf-8", "surrogateescape")
+    for part in parts:
+        try:
+            raw += bytes.fromhex(part[:2]) + part[2:].encode("utf-8", "surrogateescape")
+        except ValueError:  # what is on a disk can be anything
+            raw += b"\\x" + part.encode("utf-8", "surrogateescape")
+    return raw.decode("utf-8", "surrogateescape")
+
+
+class MountPoint(Record):
+    """A line of /proc/self/mountinfo (proc(5))."""
+
+    target: str
+    root: str  # the directory within the file system that is mounted
+    device: str  # major:minor
+    options: str
+    fstype: str
+    source: str
+    superblock_options: str
+
+
+def mounts(mountinfo: str = "/proc/self/mountinfo") -> tuple[MountPoint, ...]:
+    """List what is mounted, in the order of mounting."""
+    return tuple(_mount_points(text(mountinfo)))
+
+
+def _mount_points(table: str) -> Iterator[MountPoint]:
+    for line in table.splitlines():
+        left, _, right = line.partition(" - ")
+        fields, rest = left.split(" "), right.split(" ")
+        if len(fields) > 5 and len(rest) > 2:
+            yield MountPoint(
+                target=unescape(fields[4]),
+                root=unescape(fields[3]),
+                device=fields[2],
+                options=fields[5],
+                fstype=rest[0],
+                source=unescape(rest[1]),
+                superblock_options=rest[2],
+            )
+
+
+MAGICS = (
+    (1080, b"\x53\xef", "ext4"),  # its driver mounts ext2 and ext3 too
+    (0, b"hsqs", "squashfs"),
+    (1024, b"\xe2\xe1\xf5\xe0", "erofs"),
+    (0, b"XFSB", "xfs"),
+    (0x10040, b"_BHRfS_M", "btrfs"),
+)
+
+
+def superblock(path: str) -> str:
+    """Tell the file system type of an image by its superblock, not by its name.
+
+    Empty if it is none we know.
+    """
+    with open(path, "rb", buffering=0) as file:
+        for offset, magic, fstype in MAGICS:
+            file.seek(offset)
+            if file.read(len(magic)) == magic:
+                return fstype
+    return ""
+
+
+def image(root: str, run: str = "/run/cos", *, lenient: bool = False) -> Image:
+    """Read the layout of the system at `root` and what OEM and earlier boot stages add (contract §4).
+
+    Raises LayoutError for a file that cannot be read as one, unless `lenient`: recovery leaves such a file
+    out.
+    """
+    directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        first = _run_file(run, "cos-layout.env")
+        base = ("/run/cos/cos-layout.env", first)
+        if first is None:
+            base = ("/etc/cos/cos-layout.env", _root_file(directory, "etc/cos/cos-layout.env"))
+        files = [
+            (*base, False),
+            ("/oem/cos-layout.env", _root_file(directory, "oem/cos-layout.env"), False),
+            ("/run/cos/extra-layout.env", _run_file(run, "extra-layout.env"), True),
+            ("/run/cos/custom-layout.env", _run_file(run, "custom-layout.env"), True),
+        ]
+        settings: list[Setting] = []
+        warnings: list[str] = []
+        for name, content, adds in files:
+            try:
+                values = envfile.parse(content or "", name)
+            except LayoutError as error:
+                if not lenient:
+                    raise
+                warnings.append(f"{error.message}; this boot goes on without {name}")
+                continue
+            settings += [
+                Setting(name=key, value=value, origin=name, adds=adds) for key, value in values.items()
+            ]
+        return Image(
+            settings=tuple(settings),
+            fstab=_root_file(directory, "etc/fstab") or "",
+            mounts_tmp=any(_exists(directory, path) for path in TMP_MOUNT),
+            warnings=tuple(warnings),
+        )
+    finally:
+        os.close(directory)
+
+
+TMP_MOUNT = tuple(
+    f"{base}/systemd/system/local-fs.target.wants/tmp.mount" for base in ("etc", "usr/lib", "lib")
+)
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+
+
+def _run_file(run: str, name: str) -> str | None:
+    path = f"{run}/{name}"
+    return text(path) if os.path.exists(path) else None
+
+
+def _root_file(directory: int, path: str) -> str | None:
+    """Read a file of the new root: its symlinks stay inside, and only a regular file is read."""
+    try:
+        descriptor = syscalls.openat2(directory, path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return None
+        raise
+    with open(descriptor, "rb") as file:
+        return file.read(MAX_FILE_BYTES).decode("utf-8", "surrogateescape")
+
+
+def _exists(directory: int, path: str) -> bool:
+    """Tell whether there is something, if only a link to nowhere in this root."""
+    try:
+        os.close(syscalls.openat2(directory, path, os.O_PATH | os.O_NOFOLLOW))
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,162 @@
+"""Operations, what a boot does, as values.
+
+A Plan is a sequence of them. Operations name paths, never each other.
+"""
+
+from __future__ import annotations
+
+from immucore.values import Record
+
+TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SYSROOT = "/sysroot"
+REQUIRED = "required"  # its failure stops the boot
+IMPORTANT = "important"  # the boot goes on, degraded, and everyone sees it
+OPTIONAL = "optional"  # fstab's nofail: logged
+
+
+class Operation(Record):
+    """One step of a boot.
+
+    `why` is the setting or rule that asked for it, `criticality` what its failure means.
+    """
+
+    target: str
+    why: str
+    criticality: str = REQUIRED
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The paths without which it cannot be tried, its target among them."""
+        return (self.target,)
+
+    @property
+    def kind(self) -> str:
+        """The word for it in plan.json and steps.json."""
+        return type(self).__name__.lower()
+
+
+class Mount(Operation):
+    """Mount a block device, or a file system without one (tmpfs), as mount(2) does."""
+
+    source: str
+    fstype: str
+    options: tuple[str, ...] = ()
+    fstab_name: str = ""  # how fstab names the source; empty: as `source` does
+
+    def __str__(self) -> str:
+        return f"mount {self.source} on {self.target} ({', '.join((self.fstype, *self.options))})"
+
+
+class Missing(Operation):
+    """A volume whose device is not there.
+
+    Nothing below its mount point may be tried, and the reason is told.
+    """
+
+    spec: str
+    reason: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        return f"mount {self.spec} on {self.target} (missing: {self.reason})"
+
+
+class Loop(Operation):
+    """Attach the image at `source` to a free loop device and mount that.
+
+    The type is read from its superblock.
+    """
+
+    source: str
+    options: tuple[str, ...] = ("ro",)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The file lies on a file system that has to be there."""
+        return (self.source, self.target)
+
+    def __str__(self) -> str:
+        return f"loop {self.source} on {self.target} ({', '.join(self.options)})"
+
+
+class Overlay(Operation):
+    """Stack a writable upper directory on what is at `target` now (overlayfs: Documentation/filesystems)."""
+
+    backing: str  # holds upper/ and work/; one file system, or overlayfs refuses
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The upper directory has to be there too."""
+        return (self.backing, self.target)
+
+    def __str__(self) -> str:
+        return f"overlay on {self.target} (upper in {self.backing})"
+
+
+class Seed(Operation):
+    """Copy the image's directory `source` to `target` unless there is one already."""
+
+    source: str
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What is copied has to be there too."""
+        return (self.source, self.target)
+
+    def __str__(self) -> str:
+        return f"seed {self.target} from {self.source}"
+
+
+class Bind(Operation):
+    """Make what is at `source` visible at `target` too (mount --bind)."""
+
+    source: str
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What is bound has to be there too."""
+        return (self.source, self.target)
+
+    def __str__(self) -> str:
+        return f"bind {self.source} on {self.target}"
+
+
+class WriteFile(Operation):
+    """Write a small file, replacing what was there in one step."""
+
+    content: str
+
+    def __str__(self) -> str:
+        return f"write {self.target}"
+
+
+class Plan(Record):
+    """Operations in their order, and sentences about what was asked for and is done otherwise."""
+
+    operations: tuple[Operation, ...] = ()
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[Operation]:
+        return iter(self.operations)
+
+    def __add__(self, other: Plan) -> Plan:
+        """Do this and then the other."""
+        return Plan(
+            operations=self.operations + other.operations,
+            notes=self.notes + other.notes,
+            warnings=self.warnings + other.warnings,
+        )
+
+
+def is_below(path: str, ancestor: str) -> bool:
+    """Tell whether `path` is `ancestor` or lies in it."""
+    return path == ancestor or path.startswith(ancestor.rstrip("/") + "/")
+
+
+def as_booted(path: str) -> str:
+    """Give the name that a path of a plan has after the switch to the new root."""
+    return path[len(SYSROOT) :] or "/" if is_below(path, SYSROOT) else path

@@ -1,0 +1,149 @@
+"""What a boot leaves behind in /run/immucore (contract §8), and the last words of one that failed."""
+
+from __future__ import annotations
+
+import os
+
+# The json module imports re, which would cost a boot 7 ms; this is the function that json itself quotes
+# strings with.
+from _json import encode_basestring_ascii
+
+from immucore import __version__
+from immucore.execute import SUCCEEDED
+from immucore.fstab import escape
+from immucore.observe import text
+from immucore.plan import Bind, Loop, Mount, Overlay, as_booted
+from immucore.values import Record
+
+TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
+if TYPE_CHECKING:
+    from immucore.errors import ImmucoreError
+    from immucore.execute import Step
+    from immucore.plan import Operation, Plan
+
+DIRECTORY = "/run/immucore"
+SCHEMA = 1
+
+
+class Wait(Record):
+    """What was waited for, and how long."""
+
+    specs: tuple[str, ...]
+    missing: tuple[str, ...]  # of them, what never came
+    took_usec: int
+
+
+def json(value: object) -> str:
+    """Write a value of dicts, lists, strings, numbers, booleans and None as JSON (RFC 8259)."""
+    if isinstance(value, str):
+        return encode_basestring_ascii(value)
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{json(str(key))}:{json(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(json, value)) + "]"
+    if isinstance(value, Record):
+        return json(dict(value.items()))
+    raise TypeError(f"no JSON for {type(value).__name__}")
+
+
+def operation(each: Operation) -> dict[str, object]:
+    """Give an operation as plan.json and steps.json show it."""
+    return {"kind": each.kind, "text": str(each), **{k: v for k, v in each.items() if k != "content"}}
+
+
+def plan(value: Plan) -> dict[str, object]:
+    """Give a plan as plan.json shows it."""
+    return {
+        "schema": SCHEMA,
+        "operations": [operation(each) for each in value],
+        "notes": value.notes,
+        "warnings": value.warnings,
+    }
+
+
+def steps(record: list[Step]) -> dict[str, object]:
+    """Give what was done as steps.json shows it."""
+    return {
+        "schema": SCHEMA,
+        "steps": [{**dict(step.items()), "operation": operation(step.operation)} for step in record],
+    }
+
+
+def degraded(record: list[Step]) -> list[str]:
+    """List the reasons why a boot is not the one that was asked for."""
+    return [
+        f"{as_booted(step.operation.target)}: {step.reason}" for step in record if step.outcome == "degraded"
+    ]
+
+
+def result(
+    *,
+    outcome: str,
+    exit_status: int,
+    mode: str,
+    error: ImmucoreError | None,
+    record: list[Step],
+    waits: list[Wait],
+    started_usec: int,
+    ended_usec: int,
+) -> dict[str, object]:
+    """Give the outcome as result.json shows it.
+
+    `outcome` stands at its beginning, where the guard looks for it.
+    """
+    root = next(
+        (step for step in record if isinstance(step.operation, Loop) and step.outcome in SUCCEEDED), None
+    )
+    status = os.stat(root.operation.target) if root else None
+    return {
+        "schema": SCHEMA,
+        "outcome": outcome,
+        "exit_status": exit_status,
+        "mode_asked": mode,
+        "mode_booted": mode if outcome in ("ok", "degraded") else "",
+        "error": {"message": error.message, "hint": error.hint} if error else None,
+        "degraded": degraded(record),
+        "root": {"dev": f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}", "ino": status.st_ino}
+        if status
+        else None,
+        "waits": waits,
+        "started_usec": started_usec,
+        "took_usec": ended_usec - started_usec,
+        "version": __version__,
+    }
+
+
+def mount_points(record: list[Step]) -> str:
+    """List what has to be mounted still at the switch to the new root."""
+    targets = {
+        step.operation.target
+        for step in record
+        if isinstance(step.operation, Mount | Loop | Bind | Overlay) and step.outcome in SUCCEEDED
+    }
+    return "".join(f"{escape(each)}\n" for each in sorted(targets))
+
+
+def summary(error: ImmucoreError, step: Step | None) -> str:
+    """Say what a person at the console has to know: what, why, and what to type."""
+    doing = f"\n  while: {step.operation} ({step.operation.why})" if step else ""
+    hint = f"\n  hint: {error.hint}" if error.hint else ""
+    return f"immucore: {error.message}{doing}{hint}\n  The boot stops here. More: {DIRECTORY}/immucore.log"
+
+
+def to_consoles(message: str) -> None:
+    """Write to every console= device; /dev/console would be only the last of them."""
+    for name in text("/sys/class/tty/console/active").split() or ["console"]:
+        try:
+            console = os.open(f"/dev/{name}", os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                os.write(
+                    console, f"\r\n{message}\r\n".replace("\n", "\r\n").encode("utf-8", "backslashreplace")
+                )
+            finally:
+                os.close(console)
+        except OSError:
+            continue  # a console without a device behind it; the others have the message, and the log

@@ -1,0 +1,119 @@
+"""Waiting for devices by uevents.
+
+Imported only when something is missing: pyroute2 costs as much as four boots.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import time
+
+from pyroute2.netlink.uevent import MONITOR_GROUP_KERNEL, MONITOR_GROUP_UDEV, UeventSocket
+
+from immucore import observe
+from immucore.devices import Device, Devices, Wanted, describe
+
+TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
+if TYPE_CHECKING:
+    from immucore.log import Log
+
+SO_RCVBUFFORCE = 33  # asm-generic/socket.h; a storm of events must not overrun the buffer
+RCVBUF_BYTES = 16 << 20
+LOOK_SEC = 1.0  # a look without an event, in case one was lost; contract §6 forbids a shorter one
+SAY_SEC = 10.0
+SETTLE_SEC = 3.0  # while wanted devices appear, others of the same disk are about to
+
+
+def missing(wanted: tuple[Wanted, ...], devices: Devices) -> tuple[Wanted, ...]:
+    """List what no device answers to yet; several candidates are an answer."""
+    return tuple(each for each in wanted if not devices.candidates(each.spec))
+
+
+def for_devices(wanted: tuple[Wanted, ...], log: Log) -> Devices:
+    """Wait until each wanted device is there or its time is over; return the devices of the last look.
+
+    Subscribes first and then looks, so that no event falls between. Events only wake: what counts is the
+    look. A time that is over is prolonged while other wanted devices appear.
+    """
+    started = time.monotonic()
+    origin = initramfs_start(started)
+    told = started
+    deadlines = {each: origin + each.timeout_sec if each.timeout_sec else float("inf") for each in wanted}
+    events = UeventSocket()
+    events.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, RCVBUF_BYTES)
+    events.bind(groups=MONITOR_GROUP_KERNEL | MONITOR_GROUP_UDEV)
+    poll = select.poll()
+    poll.register(events.fileno(), select.POLLIN)
+    absent = wanted
+    try:
+        while True:
+            devices = observe.devices()
+            still = missing(absent, devices)
+            now = time.monotonic()
+            if len(still) < len(absent):
+                deadlines = {each: max(deadlines[each], now + SETTLE_SEC) for each in still}
+            absent = still
+            pending = [each for each in absent if deadlines[each] > now]
+            if not pending:
+                return devices
+            if now - told >= SAY_SEC:
+                log.info(_progress(pending, deadlines, devices, now))
+                told = now
+            until = min(*(deadlines[each] for each in pending), now + LOOK_SEC, told + SAY_SEC)
+            poll.poll(max(0.0, until - now) * 1000 + 1)
+            _drain(events)
+    finally:
+        events.close()
+
+
+def initramfs_start(now: float) -> float:
+    """Tell when the initramfs started, by CLOCK_MONOTONIC.
+
+    When the kernel said that it runs init; else `now`.
+    """
+    try:
+        kmsg = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return now
+    try:
+        while True:
+            prefix, _, message = os.read(kmsg, 8192).partition(b";")
+            if message.startswith(b"Run /") and b" as init process" in message:
+                return int(prefix.split(b",")[2]) / 1e6
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EPIPE):
+            raise
+        return now
+    finally:
+        os.close(kmsg)
+
+
+def _drain(events: UeventSocket) -> None:
+    """Take every event that has come. ENOBUFS, events lost, means look again, which is done anyway."""
+    while True:
+        try:
+            events.asyncore.recv(65536, socket.MSG_DONTWAIT)
+        except OSError as error:
+            if error.errno == errno.ENOBUFS:
+                continue
+            if error.errno in (errno.EAGAIN, errno.EINTR):
+                return
+            raise
+
+
+def _progress(pending: list[Wanted], deadlines: dict[Wanted, float], devices: Devices, now: float) -> str:
+    parts = []
+    for each in pending:
+        left = deadlines[each] - now
+        parts.append(
+            f"{describe(each.spec)} ({'for ever' if left == float('inf') else f'{left:.0f} s more'})"
+        )
+    seen = ", ".join(f"{device.path}{_named(device)}" for device in devices.all) or "no disk at all"
+    return f"waiting for {' and '.join(parts)}; seen: {seen}"
+
+
+def _named(device: Device) -> str:
+    return f" {device.label}" if device.label else f" ({device.fstype})" if device.fstype else ""
