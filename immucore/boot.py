@@ -8,7 +8,8 @@ import os
 import time
 
 from immucore import cmdline, fstab, layouts, linux, log, observe, report
-from immucore.errors import CmdlineError, ImmucoreError, Interrupted
+from immucore.devices import Devices
+from immucore.errors import CmdlineError, ImmucoreError, Interrupted, MountError
 from immucore.execute import SUCCEEDED, Step, execute
 from immucore.plan import SYSROOT, Bind, Operation, Overlay, Plan, WriteFile
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from immucore.cmdline import Cmdline
-    from immucore.devices import Devices, Wanted
+    from immucore.devices import Wanted
 
 BUG = 70
 FSTAB = "/etc/fstab"
@@ -33,42 +34,59 @@ class Boot:
         self.kernel = linux.Kernel()
         self.cmdline = cmdline.Cmdline()
         self.mode = ""
+        self.devices = Devices()
         self.plan = Plan()
         self.record: list[Step] = []
         self.waits: list[report.Wait] = []
+        self.running = True
+
+    def interrupted(self, number: int, _frame: object) -> None:
+        """Stop in the middle, as a signal handler: a boot that is half done must not go on."""
+        if self.running:
+            raise Interrupted(
+                f"stopped by signal {number} in the middle of the boot",
+                hint="see who stopped immucore.service: journalctl -b",
+            )
 
     def run(self) -> None:
         """Bring the machine from its command line to a root that can be switched to.
 
         Raises ImmucoreError.
         """
+        try:
+            self._run()
+        finally:
+            self.running = False
+
+    def _run(self) -> None:
         with open("/proc/cmdline", "rb") as file:
             line = file.read()
         self.cmdline = cmdline.parse(line)
         self.log.debug_wanted = self.cmdline.debug
         self.log.debug(f"command line: {line.decode('utf-8', 'backslashreplace').strip()}")
         self.log.debug(f"parsed: {self.cmdline}")
+        if not (self.cmdline.engaged or self.cmdline.bystander):
+            self.log.info("nothing to do: the kernel command line names no image (cos-img/filename=)")
+            return
         layout = layouts.select(self.cmdline)
         self.mode = layout.mode(self.cmdline)
         if self.cmdline.engaged:
             self._mount(layout, self.cmdline)
-        else:
-            for warning in self.cmdline.warnings:
-                self.log.warning(warning)
         self._do(layout.sentinels(self.cmdline))
 
     def _mount(self, layout: ModuleType, asked: Cmdline) -> None:
         devices = self._devices(layout.root_devices(asked))
         self._do(layout.root(asked, devices))
         image = observe.image(SYSROOT, lenient=self.mode == "recovery")
+        image = image.replace(links=observe.links(SYSROOT, layout.listed_paths(asked, image)))
         devices = self._devices(layout.state_devices(asked, image))
         self._do(layout.state(asked, devices, image))
         done = [step.operation for step in self.record if step.outcome in SUCCEEDED]
         self._do(_fstab(done, fstab.render(done, image.fstab), asked))
 
     def _devices(self, wanted: tuple[Wanted, ...]) -> Devices:
-        """Look at the devices, and wait for what is missing of them."""
-        devices = observe.devices()
+        """Return a look at the devices that shows the wanted ones; waits for what is missing."""
+        devices = self.devices if self.devices.all else observe.devices()
         absent = tuple(each for each in wanted if not devices.candidates(each.spec))
         if absent:
             from immucore import wait  # imports pyroute2, as dear as four boots
@@ -83,9 +101,10 @@ class Boot:
                     took_usec=time.monotonic_ns() // 1000 - started_usec,
                 )
             )
-        if self.cmdline.debug:
+        if self.cmdline.debug and devices != self.devices:
             for device in devices.all:
                 self.log.debug(f"device: {device}")
+        self.devices = devices
         return devices
 
     def _do(self, plan: Plan) -> None:
@@ -134,8 +153,8 @@ def main(arguments: list[str]) -> int:
     boot = Boot()
     error: ImmucoreError | None = None
     try:
-        _signal.signal(_signal.SIGTERM, _interrupted)
-        _signal.signal(_signal.SIGINT, _interrupted)
+        _signal.signal(_signal.SIGTERM, boot.interrupted)
+        _signal.signal(_signal.SIGINT, boot.interrupted)
         if arguments:
             raise CmdlineError(
                 f"cannot boot with '{' '.join(arguments)}'", hint="immucore boot takes no arguments"
@@ -144,20 +163,16 @@ def main(arguments: list[str]) -> int:
     except ImmucoreError as failure:
         error = failure
     except OSError as failure:
-        error = ImmucoreError(f"cannot read or write '{failure.filename}': {failure.strerror}")
+        error = MountError(
+            f"cannot read or write '{failure.filename}': {failure.strerror}",
+            hint="look at what the kernel says: dmesg | tail",
+        )
     except Exception as failure:  # noqa: BLE001  a bug too has to be told in one sentence, without a traceback
         error = _bug(boot.log, failure)
     status = _finish(boot, error)
     while os.getpid() == 1:
         _signal.pause()  # the end of PID 1 is a kernel panic, and would take the message with it
     return status
-
-
-def _interrupted(number: int, _frame: object) -> None:
-    raise Interrupted(
-        f"stopped by signal {number} in the middle of the boot",
-        hint="see who stopped immucore.service: journalctl -b",
-    )
 
 
 def _bug(boot_log: log.Log, failure: Exception) -> ImmucoreError:
@@ -172,7 +187,6 @@ def _bug(boot_log: log.Log, failure: Exception) -> ImmucoreError:
 
 def _finish(boot: Boot, error: ImmucoreError | None) -> int:
     """Write the record, tell the outcome, and return the exit status."""
-    _signal.signal(_signal.SIGTERM, _signal.SIG_IGN)  # the record is worth more than 10 ms
     reasons = report.degraded(boot.record)
     outcome = "failed" if error else "degraded" if reasons else "ok"
     status = error.exit_status if error else 0
@@ -197,16 +211,16 @@ def _finish(boot: Boot, error: ImmucoreError | None) -> int:
         started_usec=boot.started_usec,
         ended_usec=ended_usec,
     )
-    files = {
-        "plan.json": report.json(report.plan(boot.plan)) + "\n",
-        "steps.json": report.json(report.steps(boot.record)) + "\n",
-        "mounts": report.mount_points(boot.record),
-    }
     if boot.cmdline.debug:
         boot.log.debug("mountinfo:\n" + observe.text("/proc/self/mountinfo"))
-    files["immucore.log"] = "".join(f"{line}\n" for line in boot.log.lines)
-    files["result.json"] = report.json(result) + "\n"  # last: it says that the rest is complete
     try:
+        files = {
+            "plan.json": report.json(report.plan(boot.plan)) + "\n",
+            "steps.json": report.json(report.steps(boot.record)) + "\n",
+            "mounts": report.mount_points(boot.record, boot.kernel.path),
+            "immucore.log": "".join(f"{line}\n" for line in boot.log.lines),
+            "result.json": report.json(result) + "\n",  # last: it says that the rest is complete
+        }
         for name, content in files.items():
             boot.kernel.write_file(f"{report.DIRECTORY}/{name}", content)
         if reasons:

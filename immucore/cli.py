@@ -28,7 +28,10 @@ def devices_from(text: str, name: str) -> Devices:
     found = []
     for number, line in enumerate(text.splitlines(), 1):
         try:
-            pairs = dict(word.split("=", 1) for word in shlex.split(line, comments=True))
+            words = [word.partition("=") for word in shlex.split(line, comments=True)]
+            if not all(separator for _, separator, _ in words):
+                raise ValueError('it has to be KEY="value" pairs')
+            pairs = {key: observe.decode(value) for key, _, value in words}
             if pairs:
                 found.append(
                     Device(
@@ -56,11 +59,14 @@ def planned(asked: cmdline.Cmdline, devices: Devices, root: str) -> Plan:
     """
     if not asked.engaged:
         return Plan(
+            operations=layouts.select(asked).sentinels(asked).operations if asked.bystander else (),
             notes=("nothing is mounted: no cos-img/filename= here, or rd.cos.disable, or root=live:",),
             warnings=asked.warnings,
         )
     layout = layouts.select(asked)
-    image = observe.image(root, lenient=layout.mode(asked) == "recovery")
+    lenient = layout.mode(asked) == "recovery"
+    image = observe.image(root, run=os.path.join(root, "run/cos"), lenient=lenient)
+    image = image.replace(links=observe.links(root, layout.listed_paths(asked, image)))
     whole: Plan = layout.root(asked, devices) + layout.state(asked, devices, image) + layout.sentinels(asked)
     return whole
 
@@ -91,13 +97,13 @@ def _explain(arguments: argparse.Namespace) -> int:
     plan = _sources(arguments)
     chosen = [each for each in plan if not arguments.path or _concerns(arguments.path, each.target)]
     if arguments.json:
-        print(json.dumps(report.plan(Plan(operations=tuple(chosen), notes=plan.notes)), indent=2))
+        print(json.dumps(report.plan(plan.replace(operations=tuple(chosen))), indent=2))
         return 0
     for operation in chosen:
         print(f"{operation}\n    because {operation.why}; {operation.criticality}")
-    if not chosen:
+    if arguments.path and not chosen:
         print(f"nothing is done for {arguments.path}: it is what the image has, read-only")
-    elif not arguments.path:
+    if not arguments.path:
         _remarks(plan)
     return 0
 

@@ -38,7 +38,12 @@ class Cmdline(Record):
     @property
     def engaged(self) -> bool:
         """Whether the agent mounts anything at all in this boot."""
-        return bool(self.image) and not self.disable and not self.root.startswith("live:")
+        return bool(self.image) and not self.bystander
+
+    @property
+    def bystander(self) -> bool:
+        """Whether somebody else mounts the root, and the agent only says which mode it is."""
+        return self.disable or self.root.startswith("live:")
 
 
 def words(line: bytes) -> Iterator[tuple[str, str | None]]:
@@ -63,14 +68,13 @@ def words(line: bytes) -> Iterator[tuple[str, str | None]]:
             end += 1
         position = end + 1
         word = text[start:end]
-        if quoted and word.endswith('"'):
-            word = word[:-1]
+        key, value = (word[:equals], word[equals + 1 :]) if equals else (word, None)
+        if word.endswith('"') and (quoted or (value is not None and value.startswith('"'))):
+            word = word[:-1]  # one closing quote goes, whichever was opened
+            key, value = (key, value and value[:-1]) if equals else (word, None)
         if word == "--":
             return
-        key, value = (word[:equals], word[equals + 1 :]) if equals else (word, None)
-        if value is not None and value.startswith('"'):
-            value = value[1:-1] if value.endswith('"') and len(value) > 1 else value[1:]
-        yield _utf8(key), None if value is None else _utf8(value)
+        yield _utf8(key), None if value is None else _utf8(value.removeprefix('"'))
 
 
 def _utf8(text: str) -> str:
@@ -83,11 +87,9 @@ def _text(value: str | None) -> str:
     return value
 
 
-def _path(value: str | None) -> str:
-    path = _text(value)
-    if not path.startswith("/") or "/../" in path + "/":
-        raise ValueError("it has to be an absolute path without '..'")
-    return path
+def _image(value: str | None) -> str:
+    """Read the image's path in its partition; an empty one is kept as `/`, for the layout to refuse."""
+    return "/" + (value or "").lstrip("/")
 
 
 def boolean(value: str | None) -> bool:
@@ -152,8 +154,8 @@ _NATIVE: dict[str, tuple[str, Callable[[str | None], Any]]] = {
     "debug": ("rd.cos.debug", boolean),
 }
 _OTHER: dict[str, tuple[str, Callable[[str | None], Any]]] = {
-    "cos_img/filename": ("image", _path),
-    "elemental.image": ("image", _path),
+    "cos_img/filename": ("image", _image),
+    "elemental.image": ("image", _image),
     "root": ("root", _text),
     "elemental.mode": ("mode", _text),
     "elemental.overlay": ("overlay", overlay),
@@ -188,7 +190,9 @@ def parse(line: bytes) -> Cmdline:
     values: dict[str, Any] = {}
     warnings: list[str] = []
     readers = _readers()
-    for spelled, value in words(line):
+    for spelled, value in words(
+        line.removesuffix(b"\n")
+    ):  # /proc/cmdline has a newline that the kernel never saw
         key = spelled.replace("-", "_")
         shown = spelled if value is None else f"{spelled}={value}"
         native = key.startswith(("rd.cos.", "rd.immucore."))

@@ -6,7 +6,7 @@ import errno
 import os
 import time
 
-from immucore.errors import DeviceError, ImmucoreError, MountError
+from immucore.errors import DeviceError, ImmucoreError, Interrupted, MountError
 from immucore.plan import (
     IMPORTANT,
     REQUIRED,
@@ -71,7 +71,7 @@ def execute(plan: Plan, kernel: Kernel, record: list[Step]) -> None:
     """Carry out a plan. What lies below a path that was lost is skipped, never tried.
 
     Each operation adds its Step to `record`, also the one that fails. Raises the error of the first required
-    operation that fails.
+    operation that fails, and Interrupted whatever it interrupts.
     """
     lost = [step.operation.target for step in record if step.outcome not in SUCCEEDED]
     for operation in plan:
@@ -88,7 +88,10 @@ def execute(plan: Plan, kernel: Kernel, record: list[Step]) -> None:
             except ImmucoreError as error:
                 failure = error
             if failure is not None:
-                outcome = {REQUIRED: "failed", IMPORTANT: "degraded"}.get(operation.criticality, "ignored")
+                fatal = operation.criticality == REQUIRED or isinstance(failure, Interrupted)
+                outcome = (
+                    "failed" if fatal else "degraded" if operation.criticality == IMPORTANT else "ignored"
+                )
         step = Step(
             operation=operation,
             outcome=outcome,

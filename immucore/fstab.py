@@ -8,7 +8,8 @@ TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-HEADER = "# Written by immucore at every boot from what it mounted. The image's own lines follow.\n"
+HEADER = "# Written by immucore at every boot, from what it mounted.\n"
+MARK = "# The image's own lines:\n"
 
 
 def render(operations: Iterable[Operation], image_fstab: str) -> str:
@@ -27,7 +28,13 @@ def render(operations: Iterable[Operation], image_fstab: str) -> str:
         for operation in operations
         if isinstance(operation, Loop)
     )
-    return HEADER + root + "".join(f"{line}\n" for line in (*lines.values(), *theirs))
+    ours_text, theirs_text = ("".join(f"{line}\n" for line in part) for part in (lines.values(), theirs))
+    return HEADER + root + ours_text + MARK + theirs_text
+
+
+def of_image(text: str) -> str:
+    """Return the lines of an fstab that are the image's, also of one that render() made before."""
+    return text.partition(MARK)[2] if text.startswith(HEADER) else text
 
 
 def _mounts(line: str, targets: set[str]) -> bool:
@@ -93,14 +100,15 @@ def _outlives_shutdown(operation: Mount | Bind | Overlay, done: list[Mount | Bin
 
 
 def escape(text: str) -> str:
-    """Write a field of fstab or mountinfo as getmntent(3) reads it."""
-    return "".join(f"\\{ord(c):03o}" if c in " \t\n\\#" else c for c in text)
+    """Write a field of fstab as getmntent(3) reads it."""
+    return "".join(f"\\{ord(c):03o}" if c in " \t\n\\" else c for c in text)
 
 
 def unescape(text: str) -> str:
-    """Read a field of fstab or mountinfo: octal escapes (getmntent(3), fs/seq_file.c mangle())."""
+    """Read a field of fstab or mountinfo: octal escapes (getmntent(3); the kernel's mangle_path())."""
     head, *parts = text.split("\\")
-    return head + "".join(
-        chr(int(part[:3], 8)) + part[3:] if len(part) > 2 and part[:3].isdecimal() else "\\" + part
-        for part in parts
-    )
+    for part in parts:
+        code = part[:3]
+        octal = len(code) == 3 and code[0] in "0123" and all(digit in "01234567" for digit in code)
+        head += chr(int(code, 8)) + part[3:] if octal else "\\" + part
+    return head

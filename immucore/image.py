@@ -28,6 +28,13 @@ class Image(Record):
     fstab: str = ""
     mounts_tmp: bool = False  # a tmp.mount that is enabled in the image
     warnings: tuple[str, ...] = ()  # files that could not be read and were left out
+    links: tuple[
+        tuple[str, str], ...
+    ] = ()  # paths that lead elsewhere in the image: (path, without symlinks)
+
+    def real(self, path: str) -> str:
+        """Return the name of a path of the new root without symlinks."""
+        return dict(self.links).get(path, path)
 
     def setting(self, name: str) -> Setting | None:
         """Return the assignment that counts: the last that replaces, or None."""

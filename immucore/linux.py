@@ -10,10 +10,11 @@ import fcntl
 import os
 import stat
 import struct
+import time
 
 from immucore import observe, seed, syscalls
 from immucore.errors import MountError
-from immucore.fstab import overlay_paths
+from immucore.fstab import overlay_paths, unescape
 from immucore.plan import SYSROOT, is_below
 
 TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
@@ -25,10 +26,9 @@ DONE, PRESENT = "done", "present"  # what a call did: it changed the machine, or
 LOOP_CTL_GET_FREE = 0x4C82  # linux/loop.h
 LOOP_CONFIGURE = 0x4C0A  # since Linux 5.8
 LO_FLAGS_READ_ONLY, LO_FLAGS_AUTOCLEAR = 1, 4
-LOOP_ATTEMPTS = 10  # another process may take the free device first (EBUSY)
+LOOP_ATTEMPTS = 1000  # another process may take the free device first (EBUSY): it got on, so will we
 OTHER_SLOT = "boot another slot from the boot menu, and install this one again from there"
-# Words of fstab that are not for the kernel (mount(8)); those that only undo a default are not either.
-_NOT_OPTIONS = [
+_FSTAB_ONLY = (
     "auto",
     "noauto",
     "user",
@@ -38,30 +38,28 @@ _NOT_OPTIONS = [
     "group",
     "_netdev",
     "nofail",
-    "defaults",
-    "rw",
-    "suid",
-    "dev",
-    "exec",
-    "async",
-]
+)  # mount(8)
+_NO_FLAGS = ("defaults", "rw", "suid", "dev", "exec", "async")  # only undo what is not set anyway
 
 
 class Kernel:
     """Does what operations say, and says what the kernel answered.
 
-    Every method returns DONE or PRESENT and raises OSError or MountError. Paths below `root` are looked up
-    as if it were `/`, so that what is on a disk cannot lead out of it; a directory that is not there is made
-    where its parent is writable.
+    Every method returns DONE or PRESENT and raises OSError or MountError. Paths below `root`, and below what
+    is mounted elsewhere, are looked up as if that were `/`: what is on a disk cannot lead out of it. A
+    directory that is not there is made where its parent is writable.
     """
 
     def __init__(self, root: str = SYSROOT) -> None:
-        self._root = root
+        self._roots = [root]
+        # What an earlier run has mounted, by its path; looked up once, so that the cost stays linear.
+        self._found = {mount.target: mount for mount in observe.mounts()}
 
     def mount(self, source: str, target: str, fstype: str, options: tuple[str, ...]) -> str:
         """Mount `source` on `target`; what is mounted there from it already stays."""
         where = self.directory(target)
-        there = _mounted(where)
+        there = self._found.get(where)
+        self._confine(target)
         if there and there.fstype == fstype and _same_source(there, source):
             return PRESENT
         if not fstype:
@@ -80,18 +78,19 @@ class Kernel:
         image, and mounting then fails with EIO.
         """
         where = self.directory(target)
-        there = _mounted(where)
+        there = self._found.get(where)
+        try:
+            image = self.path(image)
+            fstype = observe.superblock(image)
+        except FileNotFoundError:
+            raise MountError(f"cannot find the image '{image}'", hint=OTHER_SLOT) from None
         if there and _backing_file(there) == image:
             return PRESENT
-        if there and target == self._root:
+        if there and target == self._roots[0]:
             raise MountError(
                 f"cannot mount '{image}' on '{target}': {there.source} is mounted there already",
                 hint="look which unit did it: systemctl status sysroot.mount",
             )
-        try:
-            fstype = observe.superblock(image)
-        except FileNotFoundError:
-            raise MountError(f"cannot find the image '{image}'", hint=OTHER_SLOT) from None
         if not fstype:
             raise MountError(
                 f"cannot mount '{image}': no superblock of ext2/3/4, squashfs, erofs, xfs or btrfs in it",
@@ -125,17 +124,15 @@ class Kernel:
         where = self.directory(target)
         base = self.directory(backing)
         paths = overlay_paths(where, base)
-        there = _mounted(where)
-        if (
-            there
-            and there.fstype == "overlay"
-            and f"upperdir={paths[1][1]}" in there.superblock_options.split(",")
-        ):
+        there = self._found.get(where)
+        if there and there.fstype == "overlay" and _upper(there) == _plain(f"{base}/upper"):
             return PRESENT
         upper = f"{base}/upper"
         if not os.path.isdir(upper):
+            seed.remove(f"{base}/upper.new")  # of a boot that was cut off here
             os.mkdir(f"{base}/upper.new", 0o700)
             seed.copy_attributes(where, f"{base}/upper.new")
+            seed.fsync(f"{base}/upper.new")
             os.rename(f"{base}/upper.new", upper)
         os.makedirs(f"{base}/work", 0o700, exist_ok=True)
         data = ",".join(f"{key}={path}" for key, path in paths)
@@ -170,13 +167,14 @@ class Kernel:
 
     def path(self, path: str) -> str:
         """Return the name of an existing `path` without any symlink in it. Raises OSError."""
-        if not is_below(path, self._root):
+        root = next((root for root in self._roots if is_below(path, root)), None)
+        if root is None:
             return os.path.realpath(path, strict=True)
-        root = os.open(self._root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            descriptor = syscalls.openat2(root, path[len(self._root) :].lstrip("/") or ".", os.O_PATH)
+            descriptor = syscalls.openat2(directory, path[len(root) :].lstrip("/") or ".", os.O_PATH)
         finally:
-            os.close(root)
+            os.close(directory)
         try:
             return os.readlink(f"/proc/self/fd/{descriptor}")
         finally:
@@ -199,6 +197,11 @@ class Kernel:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
         return real
 
+    def _confine(self, target: str) -> None:
+        """Look up what lies below a file system that is mounted outside of every other as if it were `/`."""
+        if not any(is_below(target, root) for root in self._roots):
+            self._roots.append(target)
+
 
 def split_options(options: tuple[str, ...]) -> tuple[int, str]:
     """Split mount options into the flags of mount(2) and the data for the file system.
@@ -211,7 +214,7 @@ def split_options(options: tuple[str, ...]) -> tuple[int, str]:
             flags |= syscalls.MS[option]
         elif option == "rw":
             flags &= ~syscalls.MS["ro"]
-        elif option not in _NOT_OPTIONS and not option.startswith(("x-", "X-", "comment=")):
+        elif option not in _FSTAB_ONLY + _NO_FLAGS and not option.startswith(("x-", "X-", "comment=")):
             data.append(option)
     return flags, ",".join(data)
 
@@ -235,17 +238,13 @@ def _attach(image: str, *, read_only: bool) -> tuple[str, int]:
                 os.close(device)
                 if error.errno != errno.EBUSY or attempt == LOOP_ATTEMPTS - 1:
                     raise
+                time.sleep(0.001)  # until it has attached its file the kernel offers the same device again
             else:
                 return name, device
         raise AssertionError("the loop returns or raises")
     finally:
         os.close(control)
         os.close(file)
-
-
-def _mounted(path: str) -> MountPoint | None:
-    """Return what is mounted on exactly this path, the topmost of several."""
-    return next((mount for mount in reversed(observe.mounts()) if mount.target == path), None)
 
 
 def _same_source(there: MountPoint, source: str) -> bool:
@@ -257,6 +256,17 @@ def _same_source(there: MountPoint, source: str) -> bool:
     except OSError:
         return False
     return number != 0 and there.device == f"{os.major(number)}:{os.minor(number)}"
+
+
+def _upper(there: MountPoint) -> str:
+    """Return the upper directory of an overlay as _plain() gives it."""
+    options = [unescape(option) for option in there.superblock_options.split(",")]
+    return next((_plain(option[9:]) for option in options if option.startswith("upperdir=")), "")
+
+
+def _plain(path: str) -> str:
+    """Take out the backslashes: some kernels show those that overlay_paths() put in, others do not."""
+    return path.replace("\\", "")
 
 
 def _backing_file(there: MountPoint) -> str:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 
 from immucore import envfile, syscalls
 from immucore.devices import Device, Devices
-from immucore.errors import LayoutError
-from immucore.fstab import unescape
+from immucore.errors import LayoutError, MountError
+from immucore.fstab import of_image, unescape
 from immucore.image import Image, Setting
 from immucore.values import Record
 
 TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 UDEV = "/run/udev/data"
+RUN = "/run/cos"
 MAX_FILE_BYTES = 1 << 20  # nobody's layout is larger, and a disk is not to fill the memory
 
 
@@ -134,40 +136,38 @@ def superblock(path: str) -> str:
     return ""
 
 
-def image(root: str, run: str = "/run/cos", *, lenient: bool = False) -> Image:
+def image(root: str, run: str = RUN, *, lenient: bool = False) -> Image:
     """Read the layout of the system at `root` and what OEM and earlier boot stages add (contract §4).
 
-    Raises LayoutError for a file that cannot be read as one, unless `lenient`: recovery leaves such a file
-    out.
+    Raises LayoutError for a file that is none and MountError for one that cannot be read, unless `lenient`:
+    recovery leaves such a file out.
     """
     directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    settings: list[Setting] = []
+    warnings: list[str] = []
+
+    def read(name: str, *, adds: bool = False) -> bool:
+        try:
+            content = _run_file(run, name) if name.startswith(RUN) else _root_file(directory, name)
+            values = envfile.parse(content or "", name)
+        except (LayoutError, MountError) as error:
+            if not lenient:
+                raise
+            warnings.append(f"{error.message}; this boot goes on without it")
+            return True
+        for key, value in values.items():
+            settings.append(Setting(name=key, value=value, origin=name, adds=adds))
+        return content is not None
+
     try:
-        first = _run_file(run, "cos-layout.env")
-        base = ("/run/cos/cos-layout.env", first)
-        if first is None:
-            base = ("/etc/cos/cos-layout.env", _root_file(directory, "etc/cos/cos-layout.env"))
-        files = [
-            (*base, False),
-            ("/oem/cos-layout.env", _root_file(directory, "oem/cos-layout.env"), False),
-            ("/run/cos/extra-layout.env", _run_file(run, "extra-layout.env"), True),
-            ("/run/cos/custom-layout.env", _run_file(run, "custom-layout.env"), True),
-        ]
-        settings: list[Setting] = []
-        warnings: list[str] = []
-        for name, content, adds in files:
-            try:
-                values = envfile.parse(content or "", name)
-            except LayoutError as error:
-                if not lenient:
-                    raise
-                warnings.append(f"{error.message}; this boot goes on without {name}")
-                continue
-            settings += [
-                Setting(name=key, value=value, origin=name, adds=adds) for key, value in values.items()
-            ]
+        if not read(f"{RUN}/cos-layout.env"):
+            read("/etc/cos/cos-layout.env")
+        read("/oem/cos-layout.env")
+        read(f"{RUN}/extra-layout.env", adds=True)
+        read(f"{RUN}/custom-layout.env", adds=True)
         return Image(
             settings=tuple(settings),
-            fstab=_root_file(directory, "etc/fstab") or "",
+            fstab=of_image(_root_file(directory, "/etc/fstab") or ""),
             mounts_tmp=any(_exists(directory, path) for path in TMP_MOUNT),
             warnings=tuple(warnings),
         )
@@ -175,14 +175,47 @@ def image(root: str, run: str = "/run/cos", *, lenient: bool = False) -> Image:
         os.close(directory)
 
 
+def links(root: str, paths: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    """Find those of `paths` that lead elsewhere in the system at `root`: (path, without symlinks)."""
+    directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        real = [(path, _real(directory, path, MAX_LINKS)) for path in paths]
+    finally:
+        os.close(directory)
+    return tuple((path, where) for path, where in real if path != where)
+
+
+def _real(directory: int, path: str, links_left: int) -> str:
+    """Take the symlinks out of a path, what it names need not be there: a volume may bring it."""
+    parent, _, name = path.rpartition("/")
+    if not name:
+        return "/"
+    above = _real(directory, parent, links_left)
+    here = f"{above.rstrip('/')}/{name}"
+    try:
+        descriptor = syscalls.openat2(directory, here, os.O_PATH | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return here
+    try:
+        if not stat.S_ISLNK(os.fstat(descriptor).st_mode):
+            return here
+        target = os.readlink("", dir_fd=descriptor)
+    finally:
+        os.close(descriptor)
+    if not links_left:
+        raise MountError(f"cannot use '{path}': too many symlinks", hint="correct it in the image")
+    return _real(directory, os.path.normpath(os.path.join(above, target)), links_left - 1)
+
+
+MAX_LINKS = 40  # as many as the kernel follows: path_resolution(7)
 TMP_MOUNT = tuple(
     f"{base}/systemd/system/local-fs.target.wants/tmp.mount" for base in ("etc", "usr/lib", "lib")
 )
-_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+_ABSENT = (errno.ENOENT, errno.ENOTDIR)
 
 
 def _run_file(run: str, name: str) -> str | None:
-    path = f"{run}/{name}"
+    path = run + name.removeprefix(RUN)
     return text(path) if os.path.exists(path) else None
 
 
@@ -190,12 +223,15 @@ def _root_file(directory: int, path: str) -> str | None:
     """Read a file of the new root: its symlinks stay inside, and only a regular file is read."""
     try:
         descriptor = syscalls.openat2(directory, path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        with open(descriptor, "rb") as file:
+            return file.read(MAX_FILE_BYTES).decode("utf-8", "surrogateescape")
     except OSError as error:
         if error.errno in _ABSENT:
             return None
-        raise
-    with open(descriptor, "rb") as file:
-        return file.read(MAX_FILE_BYTES).decode("utf-8", "surrogateescape")
+        raise MountError(
+            f"cannot read '{path}': {os.strerror(error.errno or 0)}",
+            hint=f"correct or remove {path}, or boot another slot",
+        ) from None
 
 
 def _exists(directory: int, path: str) -> bool:

@@ -12,17 +12,20 @@ from immucore import __version__
 from immucore.execute import SUCCEEDED
 from immucore.fstab import escape
 from immucore.observe import text
-from immucore.plan import Bind, Loop, Mount, Overlay, as_booted
+from immucore.plan import OPTIONAL, Bind, Loop, Mount, Overlay, as_booted
 from immucore.values import Record
 
 TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from immucore.errors import ImmucoreError
     from immucore.execute import Step
     from immucore.plan import Operation, Plan
 
 DIRECTORY = "/run/immucore"
 SCHEMA = 1
+HASH = "\\043"  # mountinfo escapes it, fstab does not
 
 
 class Wait(Record):
@@ -76,7 +79,10 @@ def steps(record: list[Step]) -> dict[str, object]:
 def degraded(record: list[Step]) -> list[str]:
     """List the reasons why a boot is not the one that was asked for."""
     return [
-        f"{as_booted(step.operation.target)}: {step.reason}" for step in record if step.outcome == "degraded"
+        f"{as_booted(step.operation.target)}: {step.reason}"
+        for step in record
+        if step.outcome == "degraded"
+        or (step.outcome == "skipped" and step.operation.criticality != OPTIONAL)
     ]
 
 
@@ -117,14 +123,17 @@ def result(
     }
 
 
-def mount_points(record: list[Step]) -> str:
-    """List what has to be mounted still at the switch to the new root."""
+def mount_points(record: list[Step], real: Callable[[str], str]) -> str:
+    """List what has to be mounted still at the switch to the new root, for the guard.
+
+    `real` takes the symlinks out of a path, so that a line is what the fifth field of mountinfo is.
+    """
     targets = {
-        step.operation.target
+        real(step.operation.target)
         for step in record
         if isinstance(step.operation, Mount | Loop | Bind | Overlay) and step.outcome in SUCCEEDED
     }
-    return "".join(f"{escape(each)}\n" for each in sorted(targets))
+    return "".join(f"{escape(each).replace('#', HASH)}\n" for each in sorted(targets))
 
 
 def summary(error: ImmucoreError, step: Step | None) -> str:
@@ -140,9 +149,7 @@ def to_consoles(message: str) -> None:
         try:
             console = os.open(f"/dev/{name}", os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
-                os.write(
-                    console, f"\r\n{message}\r\n".replace("\n", "\r\n").encode("utf-8", "backslashreplace")
-                )
+                os.write(console, f"\n{message}\n".replace("\n", "\r\n").encode("utf-8", "backslashreplace"))
             finally:
                 os.close(console)
         except OSError:

@@ -23,7 +23,7 @@ def copy_tree(source: str, target: str) -> None:
     devices and holes are kept. Raises OSError; what was copied is then removed.
     """
     growing = f"{target}.new"
-    _remove(growing)
+    remove(growing)
     try:
         os.mkdir(growing, 0o700)
         _copy_directory(source, growing, {})
@@ -34,13 +34,18 @@ def copy_tree(source: str, target: str) -> None:
             os.close(directory)
         os.rename(growing, target)
     except OSError:
-        _remove(growing)
+        remove(growing)
         raise
-    parent = os.open(os.path.dirname(target), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fsync(os.path.dirname(target))
+
+
+def fsync(directory: str) -> None:
+    """Write a directory out to its disk."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(parent)
+        os.fsync(descriptor)
     finally:
-        os.close(parent)
+        os.close(descriptor)
 
 
 def copy_attributes(source: str, target: str) -> None:
@@ -51,7 +56,12 @@ def copy_attributes(source: str, target: str) -> None:
     status = os.lstat(source)
     os.chown(target, status.st_uid, status.st_gid, follow_symlinks=False)
     for name in _xattrs(source):
-        os.setxattr(target, name, os.getxattr(source, name, follow_symlinks=False), follow_symlinks=False)
+        value = os.getxattr(source, name, follow_symlinks=False)
+        try:
+            os.setxattr(target, name, value, follow_symlinks=False)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP or not name.startswith("user."):
+                raise  # before Linux 6.6 a tmpfs, which may hold an overlay's upper, has no user attributes
     if not stat.S_ISLNK(status.st_mode):
         os.chmod(target, stat.S_IMODE(status.st_mode))  # after chown(2), which takes set-user-ID away
     os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns), follow_symlinks=False)
@@ -122,7 +132,7 @@ def _copy_file(source: str, target: str, size_bytes: int) -> None:
         os.close(write)
 
 
-def _remove(path: str) -> None:
+def remove(path: str) -> None:
     """Remove a tree, if there is one, without following symlinks."""
     try:
         status = os.lstat(path)
@@ -134,5 +144,5 @@ def _remove(path: str) -> None:
     with os.scandir(path) as entries:
         names = [entry.name for entry in entries]
     for name in names:
-        _remove(f"{path}/{name}")
+        remove(f"{path}/{name}")
     os.rmdir(path)

@@ -42,7 +42,9 @@ class Record:
         """Refuse: a record is a value."""
         raise AttributeError(f"{type(self).__name__}.{name} cannot be assigned: records are frozen")
 
-    __delattr__ = __setattr__  # type: ignore[assignment]  # refuses just the same
+    def __delattr__(self, name: str) -> None:
+        """Refuse likewise."""
+        raise AttributeError(f"{type(self).__name__}.{name} cannot be deleted: records are frozen")
 
     def items(self) -> list[tuple[str, Any]]:
         """List the fields as (name, value), in the order of the class."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from immucore.devices import Device, Devices, Wanted
 from immucore.errors import DeviceError, LayoutError
-from immucore.layouts.cos.modes import MODES, mode, partition
+from immucore.layouts.cos.modes import MODES, image_path, mode, partition
 from immucore.layouts.cos.names import directory_names
-from immucore.layouts.cos.settings import Volume, by_components, oem, read
+from immucore.layouts.cos.settings import Volume, by_components, listed_paths, oem, read
 from immucore.plan import (
     IMPORTANT,
     OPTIONAL,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from immucore.image import Image
     from immucore.layouts.cos.settings import Settings
 
-__all__ = ["mode", "root", "root_devices", "sentinels", "state", "state_devices"]
+__all__ = ["listed_paths", "mode", "root", "root_devices", "sentinels", "state", "state_devices"]
 
 STATE = "/run/initramfs/cos-state"
 OVERLAY_BASE = "/run/overlay"
@@ -59,7 +59,7 @@ def root(cmdline: Cmdline, devices: Devices) -> Plan:
         operations=(
             _mount(device, STATE, access, why, REQUIRED),
             Loop(
-                source=STATE + cmdline.image,
+                source=STATE + image_path(cmdline),
                 target=SYSROOT,
                 options=access,
                 why=f"cos-img/filename={cmdline.image}",
@@ -88,20 +88,25 @@ def state(cmdline: Cmdline, devices: Devices, image: Image) -> Plan:
     near = devices.find(partition(cmdline))
     _refuse_second_oem(cmdline, settings, devices, near)
     users_data = MODES[mode(cmdline)].users_data
-    names = directory_names(settings.ephemeral)
-    layers: dict[str, Operation] = {
-        volume.mountpoint: _volume(volume, REQUIRED if users_data else IMPORTANT, devices, near)
+    names = directory_names(listed.name for listed in settings.ephemeral.values())
+    layers: dict[str, tuple[Operation, ...]] = {
+        volume.mountpoint: (_volume(volume, REQUIRED if users_data else IMPORTANT, devices, near),)
         for volume in settings.volumes
     }
-    for path, why in settings.ephemeral.items():
-        backing = f"{OVERLAY_BASE}/{names[path]}.overlay"
-        layers[path] = _overlay(path, backing, why, users_data)
+    for path, listed in settings.ephemeral.items():
+        backing = f"{OVERLAY_BASE}/{names[listed.name]}.overlay"
+        layers[path] = (_overlay(path, backing, listed.why, users_data),)
+    layers.update(_tmp(image, {*layers, *settings.persistent}))
+    # Persistent paths come after the volume that keeps them, and before what lies below them.
+    persistent = _persistent(settings, users_data)
+    later = {path for path in layers if any(is_below(path, kept) for kept in persistent)}
+    ordered = [layers[path] for path in sorted({*layers} - later, key=by_components)]
+    layers.update(persistent)
+    ordered += [layers[path] for path in sorted({*later, *persistent}, key=by_components)]
     return Plan(
         operations=(
             *_overlay_base(settings, devices, near, users_data),
-            *(layers[path] for path in sorted(layers, key=by_components)),
-            *_persistent(settings, users_data),
-            *_tmp(image, {*layers, *settings.persistent}),
+            *(operation for layer in ordered for operation in layer),
         ),
         notes=settings.notes,
         warnings=settings.warnings,
@@ -118,7 +123,8 @@ def sentinels(cmdline: Cmdline) -> Plan:
         operations=tuple(
             WriteFile(target=f"/run/{field}/{name}_mode", content="1", why=f"the mode is {name}")
             for field in ("cos", "elemental")
-        )
+        ),
+        warnings=() if cmdline.engaged else cmdline.warnings,
     )
 
 
@@ -213,40 +219,36 @@ def _overlay_base(
     )
 
 
-def _persistent(settings: Settings, users_data: bool) -> list[Operation]:
-    """Keep each path below the target.
-
-    In a directory seeded from the image and bound, or in an overlay's upper.
-    """
+def _persistent(settings: Settings, users_data: bool) -> dict[str, tuple[Operation, ...]]:
+    """Keep each path below the target: a directory that is seeded and bound, or an overlay's upper."""
     target = settings.state_target
     base = target if is_below(target, "/run") else SYSROOT + target
-    names = directory_names(settings.persistent)
-    operations: list[Operation] = []
-    for path, why in settings.persistent.items():
-        kept, criticality = f"{base}/{names[path]}", _criticality(path, users_data)
+    names = directory_names(listed.name for listed in settings.persistent.values())
+    layers: dict[str, tuple[Operation, ...]] = {}
+    for path, listed in settings.persistent.items():
+        kept, why, criticality = f"{base}/{names[listed.name]}", listed.why, _criticality(path, users_data)
         if settings.bind:
-            operations += [
+            layers[path] = (
                 Seed(source=SYSROOT + path, target=f"{kept}.bind", why=why, criticality=criticality),
                 Bind(source=f"{kept}.bind", target=SYSROOT + path, why=why, criticality=criticality),
-            ]
+            )
         else:
-            operations.append(_overlay(path, f"{kept}.overlay", why, users_data))
-    return operations
+            layers[path] = (_overlay(path, f"{kept}.overlay", why, users_data),)
+    return layers
 
 
-def _tmp(image: Image, taken: set[str]) -> tuple[Operation, ...]:
+def _tmp(image: Image, taken: set[str]) -> dict[str, tuple[Operation, ...]]:
     """Give /tmp a tmpfs, unless the layout or the image does something about it itself."""
     target = "/tmp"  # noqa: S108  the directory of the new root
     lines = [line.split() for line in image.fstab.splitlines() if not line.startswith("#")]
     if target in taken or target in [fields[1] for fields in lines if len(fields) > 1] or image.mounts_tmp:
-        return ()
-    return (
-        Mount(
-            source="tmpfs",
-            target=SYSROOT + target,
-            fstype="tmpfs",
-            options=("mode=1777", "nosuid", "nodev"),
-            why=f"{target} has to be writable (the default)",
-            criticality=IMPORTANT,
-        ),
+        return {}
+    mount = Mount(
+        source="tmpfs",
+        target=SYSROOT + target,
+        fstype="tmpfs",
+        options=("mode=1777", "nosuid", "nodev"),
+        why=f"{target} has to be writable (the default)",
+        criticality=IMPORTANT,
     )
+    return {target: (mount,)}

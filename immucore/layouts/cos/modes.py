@@ -55,11 +55,19 @@ def mode(cmdline: Cmdline) -> str:
     )
 
 
-def partition(cmdline: Cmdline) -> str:
-    """Spell the partition that holds the image.
+def image_path(cmdline: Cmdline) -> str:
+    """Return the image's path in its partition. Raises CmdlineError for one that names no file in it."""
+    if cmdline.image.endswith("/") or ".." in cmdline.image.split("/"):
+        raise CmdlineError(
+            f"cannot boot the image '{cmdline.image}': that is no path of a file in the partition",
+            hint="write cos-img/filename=/cOS/active.img, a path without '..'",
+        )
+    return cmdline.image
 
-    Root=, unless that names the image itself. Raises CmdlineError.
-    """
+
+def partition(cmdline: Cmdline) -> str:
+    """Spell the partition that holds the image: root=, or what the mode says where that names the image."""
+    image_path(cmdline)
     row = MODES[mode(cmdline)]
     if not cmdline.root or cmdline.root in [f"LABEL={other.image_label}" for other in MODES.values()]:
         return f"LABEL={row.partition}"

@@ -17,6 +17,18 @@ OEM = "/oem"
 DEFAULT_RW_PATHS = "/etc /root /home /opt /srv /usr/local /var"
 DEFAULT_STATE_TARGET = "/usr/local/.state"
 PERSISTENT_VOLUME = "LABEL=COS_PERSISTENT:/usr/local"
+VARIABLES = (
+    *(
+        "VOLUMES",
+        "MERGE",
+        "OVERLAY",
+        "RW_PATHS",
+        "DEBUG_RW",
+        "CUSTOM_BIND_MOUNTS",
+        "CUSTOM_EPHEMERAL_MOUNTS",
+    ),
+    *("PERSISTENT_STATE_TARGET", "PERSISTENT_STATE_PATHS", "PERSISTENT_STATE_BIND"),
+)
 
 
 class Volume(Record):
@@ -31,18 +43,25 @@ class Volume(Record):
         return ":".join((self.spec, self.mountpoint, *filter(None, [",".join(self.options)])))
 
 
+class Listed(Record):
+    """A path as the layout lists it: its directory is named by that, whatever symlinks the image has."""
+
+    name: str
+    why: str
+
+
 class Settings(Record):
     """Every question of the layout with its answer.
 
-    A path is in one place only; `notes` say where it was in two.
+    A path is in one place only; `notes` tell of two.
     """
 
     volumes: tuple[Volume, ...]  # without OEM; by mount point, what holds others first
     oem: Volume | None  # what the layout says about /oem, where OEM is mounted already
     overlay: str  # tmpfs:<size> or a spelling of a device
     overlay_why: str
-    ephemeral: dict[str, str]  # path → why
-    persistent: dict[str, str]  # path → why
+    ephemeral: dict[str, Listed]  # by the path without symlinks
+    persistent: dict[str, Listed]
     state_target: str
     bind: bool
     notes: tuple[str, ...]
@@ -51,25 +70,21 @@ class Settings(Record):
 
 def read(cmdline: Cmdline, image: Image) -> Settings:
     """Settle the layout of this boot. Raises LayoutError."""
-    notes: list[str] = []
+    notes = [f"{s.why}: nobody knows this variable" for s in image.settings if s.name not in VARIABLES]
     volumes = _volumes(cmdline, image, notes)
-    ephemeral = _paths(image, "RW_PATHS", DEFAULT_RW_PATHS, "CUSTOM_EPHEMERAL_MOUNTS")
-    persistent = _paths(image, "PERSISTENT_STATE_PATHS", "", "CUSTOM_BIND_MOUNTS")
+    mounted = {*volumes, OEM}
+    ephemeral = _paths(image, "RW_PATHS", DEFAULT_RW_PATHS, "CUSTOM_EPHEMERAL_MOUNTS", notes)
+    persistent = _paths(image, "PERSISTENT_STATE_PATHS", "", "CUSTOM_BIND_MOUNTS", notes)
+    for path, listed in [*ephemeral.items(), *persistent.items()]:
+        if path in mounted:
+            notes.append(f"{path}: a volume, although {listed.why}")
+        elif path in persistent and path in ephemeral and persistent[path] != listed:
+            notes.append(f"{path}: persistent, although {listed.why}")
+    persistent = {path: listed for path, listed in persistent.items() if path not in mounted}
     state_target = _state_target(image)
-    if persistent and not any(is_below(state_target, path) for path in (*volumes, "/run")):
-        first = next(iter(persistent.values()))
-        if MODES[mode(cmdline)].users_data:
-            raise LayoutError(
-                f"cannot keep state in {state_target} ({first}): it lies on no volume",
-                hint=f"add a volume for it to VOLUMES, such as {PERSISTENT_VOLUME}",
-            )
-        notes += [f"{path}: ephemeral, {state_target} lies on no volume of this mode" for path in persistent]
+    if persistent and not _holds_state(cmdline, state_target, persistent, mounted):
+        notes += [f"{path}: ephemeral, {state_target} lies on no volume here" for path in persistent]
         ephemeral, persistent = {**ephemeral, **persistent}, {}
-    for path, why in [*ephemeral.items(), *persistent.items()]:
-        if path in volumes:
-            notes.append(f"{path}: a volume, although {why}")
-        elif path in persistent and path in ephemeral and persistent[path] != why:
-            notes.append(f"{path}: persistent, although {why}")
     base = image.setting("OVERLAY")
     bind = image.setting("PERSISTENT_STATE_BIND")
     return Settings(
@@ -77,13 +92,39 @@ def read(cmdline: Cmdline, image: Image) -> Settings:
         oem=volumes.get(OEM),
         overlay=_overlay(base.value, base.why) if base and base.value else cmdline.overlay,
         overlay_why=base.why if base and base.value else f"rd.cos.overlay={cmdline.overlay}",
-        ephemeral={p: why for p, why in ephemeral.items() if p not in volumes and p not in persistent},
-        persistent={path: why for path, why in persistent.items() if path not in volumes},
+        ephemeral={p: listed for p, listed in ephemeral.items() if p not in mounted and p not in persistent},
+        persistent=persistent,
         state_target=state_target,
         bind=bool(bind and bind.value == "true"),
         notes=tuple(notes),
-        warnings=(*image.warnings, *_not_yet(image)),
+        warnings=(*image.warnings, *_not_yet(image), *_oem_options(cmdline, volumes.get(OEM))),
     )
+
+
+def listed_paths(cmdline: Cmdline, image: Image) -> tuple[str, ...]:
+    """List every path that the layout mounts something on, symlinks not resolved. Raises LayoutError."""
+    settings = read(cmdline, image)
+    volumes = [volume.mountpoint for volume in settings.volumes]
+    return (*volumes, *settings.ephemeral, *settings.persistent, settings.state_target)
+
+
+def _holds_state(cmdline: Cmdline, target: str, persistent: dict[str, Listed], mounted: set[str]) -> bool:
+    """Tell whether state can be kept in `target`; recovery goes on without, other modes must not."""
+    for path, listed in persistent.items():
+        if is_below(target, path):
+            raise LayoutError(
+                f"cannot keep '{path}' ({listed.why}) in {target}: that lies in it",
+                hint="take it from the list, or set PERSISTENT_STATE_TARGET to a place outside of it",
+            )
+    if any(is_below(target, path) for path in (*mounted, "/run")):
+        return True
+    if MODES[mode(cmdline)].users_data:
+        first = next(iter(persistent.values()))
+        raise LayoutError(
+            f"cannot keep state in {target} ({first.why}): it lies on no volume",
+            hint=f"add a volume for it to VOLUMES, such as {PERSISTENT_VOLUME}",
+        )
+    return False
 
 
 def oem(cmdline: Cmdline) -> Volume:
@@ -98,10 +139,9 @@ def oem(cmdline: Cmdline) -> Volume:
 def _volumes(cmdline: Cmdline, image: Image, notes: list[str]) -> dict[str, Volume]:
     """Merge VOLUMES, rd.cos.mount= and the defaults: mount point → volume, what holds others first."""
     setting, merge = image.setting("VOLUMES"), image.setting("MERGE")
-    listed = _by_mountpoint(
-        [_volume(word, setting.why) for word in setting.value.split()] if setting else []
-    )
-    arguments = _by_mountpoint(_cmdline_volumes(cmdline))
+    words = setting.value.split() if setting else []
+    listed = _by_mountpoint([_volume(word, setting.why) for word in words] if setting else [], image)
+    arguments = _by_mountpoint(_cmdline_volumes(cmdline), image)
     if merge and merge.value != "true":
         notes += [f"{volume}: ignored, {merge.why} is {merge.value}" for volume in arguments.values()]
         arguments = {}
@@ -115,9 +155,10 @@ def _volumes(cmdline: Cmdline, image: Image, notes: list[str]) -> dict[str, Volu
     return {path: volumes[path] for path in sorted(volumes, key=by_components)}
 
 
-def _by_mountpoint(volumes: list[Volume]) -> dict[str, Volume]:
+def _by_mountpoint(volumes: list[Volume], image: Image) -> dict[str, Volume]:
     found: dict[str, Volume] = {}
-    for volume in volumes:
+    for listed in volumes:
+        volume: Volume = listed.replace(mountpoint=image.real(listed.mountpoint))
         other = found.setdefault(volume.mountpoint, volume)
         if other.spec != volume.spec:
             raise LayoutError(
@@ -159,17 +200,22 @@ def _path(text: str, why: str) -> str:
     return "/" + "/".join(parts)
 
 
-def _paths(image: Image, name: str, default: str, custom: str) -> dict[str, str]:
-    """Read a list of paths and what adds to it: path → why, each once, by its first mention."""
+def _paths(image: Image, name: str, default: str, custom: str, notes: list[str]) -> dict[str, Listed]:
+    """Read a list of paths and what adds to it: each once, by its first mention."""
     setting = image.setting(name)
     lists = [(setting.value, setting.why)] if setting else [(default, f"{name} (the default)")]
     own = image.setting(custom)
     adding = [*image.additions(name), *([own] if own else []), *image.additions(custom)]
     lists += [(addition.value, addition.why) for addition in adding]
-    found: dict[str, str] = {}
+    found: dict[str, Listed] = {}
     for value, why in lists:
         for word in value.split():
-            found.setdefault(_path(word, why), f"{why} has {word}")
+            path = _path(word, why)
+            real = image.real(path)
+            link = "" if real == path else f", a symlink to {real}"
+            listed = Listed(name=path, why=f"{why} has {word}{link}")
+            if found.setdefault(real, listed).name != path:
+                notes.append(f"{path}: the same as {found[real].name}, although {listed.why}")
     return {path: found[path] for path in sorted(found, key=by_components)}
 
 
@@ -191,7 +237,8 @@ def _overlay(value: str, why: str) -> str:
 
 def _state_target(image: Image) -> str:
     setting = image.setting("PERSISTENT_STATE_TARGET")
-    return _path(setting.value, setting.why) if setting and setting.value else DEFAULT_STATE_TARGET
+    given = _path(setting.value, setting.why) if setting and setting.value else DEFAULT_STATE_TARGET
+    return image.real(given)
 
 
 def _not_yet(image: Image) -> list[str]:
@@ -199,3 +246,11 @@ def _not_yet(image: Image) -> list[str]:
     if setting is None or setting.value != "true":
         return []
     return [f"{setting.why} is not supported yet and does nothing: use rd.cos.debugrw on the command line"]
+
+
+def _oem_options(cmdline: Cmdline, theirs: Volume | None) -> list[str]:
+    if theirs is None or theirs.options in ((), oem(cmdline).options):
+        return []
+    return [
+        f"OEM is mounted before the layout is read: the options of {theirs} do nothing; use rd.cos.mount="
+    ]

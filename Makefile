@@ -1,0 +1,81 @@
+# The whole interface for developers and derivative authors; CI runs the same targets.
+
+# `make demo SHELL=1` asks for a console, but SHELL is also the variable that names make's own shell.
+ifneq ($(filter command line environment override,$(origin SHELL)),)
+ifneq ($(filter-out 0 no,$(SHELL)),)
+DEMO_OPTIONS := --shell
+endif
+override SHELL := /bin/sh
+endif
+
+PREFIX ?= /usr
+DESTDIR ?=
+SLOT ?= active
+# The distribution's interpreter: the bundle has to fit the glibc of the systems it is installed on.
+PYTHON ?= /usr/bin/python3.11
+
+BUNDLE := build/bundle/immucore
+VENV := build/venv
+BIN := $(VENV)/bin
+PACKAGES := $(shell sed 's/:.*//' vm-tests/packages.txt)
+
+# What is installed already stays as it is.
+APT_INSTALL := apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-upgrade \
+	--no-install-recommends -o Dpkg::Use-Pty=0
+
+.PHONY: help deps check unit golden freeze install images demo vm-test test bench clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t16
+
+demo: deps freeze  ## boot the demo machine and show what was mounted and when (SLOT=passive, SLOT=recovery, SHELL=1)
+	@$(BIN)/python vm-tests/demo.py --slot $(SLOT) $(DEMO_OPTIONS)
+
+test: check unit vm-test  ## run everything: linters, unit and integration tests with coverage, tests in machines
+
+deps: $(VENV)/.stamp  ## install what is missing: Debian packages, and Python packages in build/venv
+	@dpkg-query --show --showformat '$${db:Status-Status}\n' $(PACKAGES) 2>&1 | grep -qv '^installed$$' || exit 0; \
+	echo "installing Debian packages that are missing"; $(APT_INSTALL) $(PACKAGES)
+
+$(VENV)/.stamp: pyproject.toml vm-tests/packages.txt
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "installing python3.11-venv"; $(APT_INSTALL) python3.11-venv; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[freeze,test,check]'
+	@touch $@
+
+check: deps  ## ruff, mypy --strict, shellcheck
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	shellcheck dracut-module/50immucore/immucore-* dracut-module/50immucore/*.sh vm-tests/guest/*.sh .ci/run
+
+unit: deps freeze  ## unit, golden and integration tests; at least 90 % of immucore/ has to be covered
+	$(BIN)/pytest tests --cov --cov-report=term --cov-fail-under=90
+
+golden: deps  ## write the expected plans of tests/golden anew; read the diff before you commit it
+	$(BIN)/pytest tests/golden --rewrite -q
+
+freeze: deps  ## build the frozen agent in build/bundle
+	@$(BIN)/python frozen/freeze.py
+
+install:  ## put the frozen agent and its dracut module into DESTDIR
+	@test -x $(BUNDLE)/immucore || { echo "$(BUNDLE)/immucore is not there: run 'make freeze' first" >&2; exit 1; }
+	rm -rf $(DESTDIR)$(PREFIX)/lib/immucore $(DESTDIR)$(PREFIX)/lib/dracut/modules.d/50immucore
+	mkdir -p $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/immucore
+	cp -r --preserve=mode,links $(BUNDLE)/. $(DESTDIR)$(PREFIX)/lib/immucore
+	ln -sfn ../lib/immucore/immucore $(DESTDIR)$(PREFIX)/bin/immucore
+	install -D -t $(DESTDIR)$(PREFIX)/lib/dracut/modules.d/50immucore dracut-module/50immucore/*
+	chmod 644 $(DESTDIR)$(PREFIX)/lib/dracut/modules.d/50immucore/*.service
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/lib/dracut/dracut.conf.d dracut-module/50-immucore.conf
+
+images: deps freeze  ## build the test derivatives: root trees, initramfs images, slot images
+	$(BIN)/python vm-tests/derivative.py
+
+vm-test: deps freeze  ## boot the derivatives in QEMU, two at a time
+	$(BIN)/pytest vm-tests -n 2 --dist worksteal
+
+bench: deps freeze  ## measure side by side: start to exit, memory, size, many paths, virtual time in the VM
+	@$(BIN)/python tests/bench/bench.py
+
+clean:  ## remove everything that was built, the cached Debian packages too
+	rm -rf build

@@ -1,0 +1,86 @@
+#!/bin/bash
+# The dracut module of immucore. Made for dracut 059 (Debian 12) and 106 (Debian 13), with and without systemd.
+# shellcheck disable=SC2034,SC2154 # dracut reads and sets what only it knows
+
+_bundle=/usr/lib/immucore
+
+# Called by dracut. Only when asked for: the agent must not enter the initramfs of a machine that merely has it installed.
+check() {
+    require_binaries "$_bundle/immucore" || return 1
+    return 255
+}
+
+# Called by dracut.
+depends() {
+    echo base
+}
+
+# Called by dracut.
+installkernel() {
+    local module found=
+    # The machine that builds the initramfs is seldom the one that boots it: its own modules are no guide.
+    local hostonly=''
+    # A file system that this kernel does not have is one that no image of this machine can be in.
+    instmods ext4 squashfs erofs vfat xfs btrfs
+    # By what the kernel asks for at run time: the character sets of vfat, the checksums of ext4, xfs and btrfs.
+    instmods nls_cp437 nls_ascii nls_iso8859-1 nls_utf8 crc32c crc32c_generic crc32c-intel libcrc32c
+    for module in loop overlay; do
+        if ! instmods -c "$module"; then
+            dfatal "immucore: this kernel has no '$module', neither as a module nor built in"
+            return 1
+        fi
+    done
+    for module in ext4 squashfs erofs; do
+        instmods -c -s "$module" && found=1
+    done
+    if [[ ! $found ]]; then
+        dfatal "immucore: this kernel has no file system for an image: ext4, squashfs or erofs"
+        return 1
+    fi
+}
+
+# Install the whole bundle, symlinks and modes preserved, and the libraries that its files name and that are outside of it.
+# dracut alone looks at the launcher, which does not name what libpython needs.
+_install_bundle() {
+    local root=${dracutsysrootdir-} file magic needed library
+    mkdir -p "$initdir$_bundle"
+    cp -a "$root$_bundle/." "$initdir$_bundle/" || return 1
+    while IFS= read -r -d '' file; do
+        LC_ALL=C IFS= read -r -N 4 magic 2> /dev/null < "$file"
+        [[ $magic == $'\x7fELF' ]] || continue
+        needed=$(LD_LIBRARY_PATH="$root$_bundle/_internal" "${DRACUT_LDD:-ldd}" "$file" 2>&1)
+        if [[ $needed == *'not found'* ]]; then
+            dfatal "immucore: $file needs a library that is not there:"
+            dfatal "$(grep 'not found' <<< "$needed")"
+            return 1
+        fi
+        while read -r library; do
+            [[ $library == "$root$_bundle"/* ]] && continue
+            inst "$library" || return 1
+        done < <(sed -n 's,^\s*\(.* => \)\?\(/[^ ]*\) (0x[0-9a-f]*)$,\2,p' <<< "$needed")
+    done < <(find "$root$_bundle" -type f -print0)
+}
+
+# Called by dracut, which ignores the status of install(): only exit stops the build.
+install() {
+    local units=${systemdsystemunitdir:-/usr/lib/systemd/system}
+    local guard=$_bundle/immucore-guard generator=/usr/lib/systemd/system-generators/immucore-generator dash
+
+    _install_bundle || exit 1
+    inst_script "$moddir/immucore-guard" "$guard" || exit 1
+    inst_script "$moddir/immucore-generator" "$generator" || exit 1
+    # Every boot waits for these two, and dash takes half of bash's time, which dracut 059 makes /bin/sh even on Debian.
+    if dash=$(find_binary dash) && inst "$dash"; then
+        sed -i "1s,.*,#!$dash," "$initdir$guard" "$initdir$generator"
+    fi
+    inst_hook cmdline 15 "$moddir/immucore-cmdline.sh"
+
+    if dracut_module_included systemd; then
+        inst_simple "$moddir/immucore.service" "$units/immucore.service" || exit 1
+        inst_simple "$moddir/immucore-guard.service" "$units/immucore-guard.service" || exit 1
+    else
+        inst_hook pre-mount 50 "$moddir/immucore-pre-mount.sh"
+        inst_hook mount 50 "$moddir/immucore-mount.sh"
+        inst_hook pre-pivot 99 "$moddir/immucore-pre-pivot.sh"
+    fi
+}

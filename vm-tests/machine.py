@@ -1,0 +1,311 @@
+"""Boots disks in QEMU, by emulation: no KVM is needed, and none is tried.
+
+report = Machine(disk, "root=LABEL=COS_STATE cos-img/filename=/cOS/active.img").boot()
+"""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import itertools
+import json
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import tarfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import derivative
+from derivative import CACHE, cpio, run
+from disk import Disk
+from report import Report, read_answer
+
+# norandmaps: address space randomisation defeats TCG's translation cache, the largest single gain. A machine
+# id on the command line: no first boot. After a panic the machine resets, and QEMU ends (-no-reboot).
+CMDLINE = (
+    "console=ttyS0 norandmaps nokaslr cryptomgr.notests tsc=reliable panic=1 oops=panic"
+    " systemd.machine_id=0123456789abcdef0123456789abcdef"
+)
+# No cmpxchg16b: QEMU 7.2 leaves garbage in RFLAGS after one without a lock prefix, and Linux 6.12, whose
+# allocator uses it, panics in every second boot.
+QEMU = (
+    "qemu-system-x86_64 -nodefaults -no-user-config -machine q35 -cpu max,-la57,-cx16 -display none"
+    " -no-reboot -object rng-builtin,id=rng -device virtio-rng-pci,rng=rng"
+)
+REPORT_MIB = 32
+PR_SET_PDEATHSIG = 1
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+Action = Callable[["Guest"], None]
+
+
+class Machine:
+    """A computer with a disk and a kernel command line. Every boot of it is a new process.
+
+    Writes to the disks are thrown away at the end of each boot, unless `keep_writes`; then the next boot
+    of this machine sees them. `initramfs` is a variant of derivative.VARIANTS, `initramfs_files` are added
+    to it.
+    """
+
+    numbers = itertools.count(1)
+
+    def __init__(
+        self,
+        disk: Disk,
+        cmdline: str,
+        *,
+        memory_mib: int = 1024,
+        initramfs: str = "systemd",
+        initramfs_files: Mapping[str, Path | str | bytes] | None = None,
+        extra_disks: Sequence[Path] = (),
+        with_disk: bool = True,
+        keep_writes: bool = False,
+        work: Path | None = None,
+    ) -> None:
+        self.disk = disk
+        self.cmdline = cmdline
+        self.memory_mib = memory_mib
+        self.initramfs = initramfs
+        self.initramfs_files = initramfs_files or {}
+        self.disks = [*([disk.path] if with_disk else []), *extra_disks]
+        self.keep_writes = keep_writes
+        self.work = (work or CACHE / "run") / f"machine.{os.getpid()}.{next(self.numbers)}"
+        self.work.mkdir(parents=True)
+        self.boots = 0
+
+    def boot(
+        self,
+        *,
+        limit_s: float = 60,
+        commands: Sequence[str] = (),
+        files: Sequence[str] = (),
+        when: Sequence[tuple[float | str, Action]] = (),
+        until: str = "system",
+        poweroff: str = "",
+        icount_shift: int | None = None,
+    ) -> Report:
+        """Boot until the machine has reported and is off, or for `limit_s` seconds.
+
+        `commands` are run by sh inside the machine before it reports, `files` are paths (with patterns) to
+        bring along. `when` has actions to take after so many seconds, or when a line of the console matches
+        an expression. `until` "initramfs" ends a good boot right before the switch. `poweroff` is "clean",
+        through systemd, or "fast", without; by default clean where the writes are kept.
+        """
+        self.boots += 1
+        request = self.work / f"report.{self.boots}"
+        write_request(request, commands, files, poweroff or ("clean" if self.keep_writes else "fast"))
+        initrd = derivative.reporting_initramfs(self.disk.suite, self.initramfs)
+        if self.initramfs_files:
+            initrd = self.work / "initramfs"
+            run(
+                "cp",
+                "--reflink=auto",
+                derivative.reporting_initramfs(self.disk.suite, self.initramfs),
+                initrd,
+            )
+            with initrd.open("ab") as stream:
+                stream.write(cpio(self.initramfs_files))
+        cmdline = self.cmdline + (" vm-test.until=initramfs" if until == "initramfs" else "")
+        arguments = [*self.arguments(initrd, cmdline), *drive(request, "report", "raw")]
+        if icount_shift is None:
+            arguments += ["-accel", "tcg,tb-size=512"]
+        else:
+            arguments += ["-accel", "tcg,tb-size=512,thread=single", "-icount", f"shift={icount_shift}"]
+        for port in range(2 if when else 0):
+            arguments += ["-device", f"pcie-root-port,id=port{port},chassis={port + 1}"]
+        with Guest(self.work / f"console.{self.boots}", arguments) as guest:
+            ended, seconds = guest.run(limit_s, when)
+        report = Report(guest.console, ended, seconds, tuple(commands), read_answer(request))
+        if self.initramfs_files:
+            initrd.unlink()
+        return report
+
+    def interactive(self) -> int:
+        """Boot with this terminal as the console and nothing to report; Ctrl-A X ends it."""
+        initrd = derivative.initramfs(self.disk.suite, self.initramfs)
+        arguments = [
+            *self.arguments(initrd, self.cmdline),
+            "-accel",
+            "tcg,tb-size=512",
+            "-serial",
+            "mon:stdio",
+        ]
+        return subprocess.run(arguments, check=False).returncode
+
+    def arguments(self, initrd: Path, cmdline: str) -> list[str]:
+        """Return QEMU's command line, but for what a boot adds."""
+        arguments = [*QEMU.split(), "-smp", "1", "-m", str(self.memory_mib)]
+        arguments += ["-kernel", str(derivative.kernel(self.disk.suite)), "-initrd", str(initrd)]
+        arguments += ["-append", f"{CMDLINE} {cmdline}"]
+        for number, path in enumerate(self.disks):
+            arguments += drive(self.overlay(path, f"disk{number}"), f"disk{number}", "qcow2")
+        return arguments
+
+    def overlay(self, path: Path, name: str) -> Path:
+        """Return a file that takes the writes to a disk: a new one, or the last boot's."""
+        overlay = self.work / f"{name}.qcow2"
+        if not (self.keep_writes and overlay.exists()):
+            run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", path.resolve(), overlay)
+        return overlay
+
+    def raw(self, number: int = 0) -> Path:
+        """Return a disk with what the boots wrote, as a raw file: for e2fsck, debugfs."""
+        raw = self.work / f"disk{number}.raw"
+        run("qemu-img", "convert", "-O", "raw", self.work / f"disk{number}.qcow2", raw)
+        return raw
+
+
+def drive(path: Path, serial: str, form: str) -> list[str]:
+    """Return the arguments for a virtio disk."""
+    return [
+        "-drive",
+        f"if=none,id={serial},file={path},format={form},cache=unsafe,discard=unmap",
+        "-device",
+        f"virtio-blk-pci,drive={serial},serial={serial}",
+    ]
+
+
+def write_request(path: Path, commands: Sequence[str], files: Sequence[str], poweroff: str) -> None:
+    """Write the disk that a machine reads its task from, and then writes its report to."""
+    contents = {f"commands/{number:03}": command for number, command in enumerate(commands)}
+    contents["files"] = "\n".join(pattern.lstrip("/") for pattern in files)
+    contents["poweroff"] = poweroff
+    with path.open("wb") as stream:
+        with tarfile.open(fileobj=stream, mode="w") as archive:
+            for name, content in contents.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content.encode())
+                archive.addfile(member, io.BytesIO(content.encode()))
+        stream.truncate(REPORT_MIB * 2**20)
+
+
+class Guest:
+    """A running QEMU: its console, and what a test does to it meanwhile."""
+
+    def __init__(self, console: Path, arguments: Sequence[str]) -> None:
+        self.log = console.open("wb")
+        self.text = bytearray()
+        self.monitor, theirs = socket.socketpair()
+        self.replies = b""
+        self.ended = "unknown"
+        self.plugged = 0
+        self.start = time.monotonic()
+        parent = os.getpid()
+
+        def die_with_parent() -> None:
+            LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:  # it died before the call
+                os._exit(1)
+
+        self.process = subprocess.Popen(
+            [
+                *arguments,
+                *("-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"),
+                *(
+                    "-chardev",
+                    f"socket,id=monitor,fd={theirs.fileno()}",
+                    "-mon",
+                    "chardev=monitor,mode=control",
+                ),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            pass_fds=[theirs.fileno()],
+            preexec_fn=die_with_parent,  # noqa: PLW1509 - no thread of ours holds a lock here
+        )
+        theirs.close()
+        self.qmp("qmp_capabilities")
+
+    def __enter__(self) -> Guest:
+        """Return the running machine."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Kill the machine if it still runs."""
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout, self.log, self.monitor):
+            if stream:
+                stream.close()
+
+    @property
+    def console(self) -> str:
+        """Everything on the serial console so far."""
+        return self.text.decode(errors="replace").replace("\r\n", "\n")
+
+    def run(self, limit_s: float, when: Sequence[tuple[float | str, Action]]) -> tuple[str, float]:
+        """Wait for the end of the machine, asleep until something happens; return how and when it came."""
+        assert self.process.stdout is not None
+        output = self.process.stdout.fileno()
+        pending = list(when)
+        poll = select.poll()
+        poll.register(output, select.POLLIN)
+        poll.register(self.monitor, select.POLLIN)
+        while True:
+            elapsed = time.monotonic() - self.start
+            if elapsed >= limit_s:
+                return "limit", elapsed
+            for item in [item for item in pending if self.is_due(item[0], elapsed)]:
+                pending.remove(item)
+                item[1](self)
+            deadline = min([limit_s, *(moment for moment, _ in pending if not isinstance(moment, str))])
+            for descriptor, _ in poll.poll(max(0.0, deadline - elapsed) * 1000 + 1):
+                if descriptor != output:
+                    if not self.receive():
+                        poll.unregister(self.monitor)
+                elif data := os.read(output, 65536):
+                    self.log.write(data)
+                    self.text += data
+                else:  # QEMU has gone; what it had to say about that is in the monitor's socket
+                    while self.receive():
+                        pass
+                    return self.ended, time.monotonic() - self.start
+
+    def is_due(self, moment: float | str, elapsed: float) -> bool:
+        """Tell whether a moment has come: seconds since the start, or an expression seen on the console."""
+        if isinstance(moment, str):
+            return re.search(moment, self.console, re.MULTILINE) is not None
+        return elapsed >= moment
+
+    def receive(self) -> bool:
+        """Read what QEMU says on its monitor; False at its end."""
+        data = self.monitor.recv(65536)
+        *lines, self.replies = (self.replies + data).split(b"\n")
+        for line in filter(None, lines):
+            message = json.loads(line)
+            if message.get("event") == "SHUTDOWN":
+                self.ended = message["data"]["reason"]
+            elif "error" in message:
+                raise RuntimeError(f"QEMU refused a command: {message['error']['desc']}")
+        return bool(data)
+
+    def qmp(self, command: str, **arguments: object) -> None:
+        """Send a command to QEMU; a refusal raises when it is read."""
+        self.monitor.sendall(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
+
+    def plug(self, path: Path, serial: str = "late") -> None:
+        """Hot-plug a raw disk; what the machine writes to it is thrown away."""
+        overlay = Path(self.log.name).with_name(f"{serial}.qcow2")
+        run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", path.resolve(), overlay)
+        file: dict[str, Any] = {"driver": "file", "filename": str(overlay)}
+        self.qmp("blockdev-add", **{"node-name": serial, "driver": "qcow2", "file": file})
+        device = {"driver": "virtio-blk-pci", "id": serial, "drive": serial, "serial": serial}
+        self.qmp("device_add", **device, bus=f"port{self.plugged}")
+        self.plugged += 1
+
+    def type(self, text: str) -> None:
+        """Type on the serial console."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(text.encode())
+        self.process.stdin.flush()
+
+    def cut_power(self) -> None:
+        """Switch the machine off as a power failure does."""
+        self.process.kill()

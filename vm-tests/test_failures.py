@@ -1,0 +1,248 @@
+"""A boot that cannot go on stops at once, says why where people see it, and never switches to half a system."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import derivative
+import expect
+from disk import Disk
+from machine import Machine
+
+KILL = """\
+[Unit]
+DefaultDependencies=no
+After=systemd-udev-trigger.service
+[Service]
+Type=oneshot
+ExecStart=/bin/sh -c 'until [ "$(systemctl show -P SubState immucore.service)" = start ]; do sleep 0.2; done; \\
+sleep 3; systemctl kill --signal=TERM immucore.service'
+"""
+STORM = """\
+[Unit]
+DefaultDependencies=no
+IgnoreOnIsolate=yes
+After=systemd-udev-trigger.service
+[Service]
+ExecStart=/bin/sh -c 'n=0; while [ $n -lt 20 ]; do systemctl --no-block isolate initrd.target; \\
+systemctl daemon-reload; n=$((n + 1)); done'
+"""
+
+
+def unit(name: str, text: str) -> dict[str, str]:
+    """Return the files of a unit that starts with the initramfs."""
+    link = f"etc/systemd/system/sysinit.target.d/50-{name}.conf"
+    return {f"etc/systemd/system/{name}.service": text, link: f"[Unit]\nWants={name}.service\n"}
+
+
+def test_no_state_partition(machine: Callable[..., Machine], cos_disk: Callable[..., Disk]) -> None:
+    disk = cos_disk(without=("state",))
+
+    report = machine(disk, f"{expect.ACTIVE} rd.cos.timeout=8").boot(limit_s=60)
+
+    expect.stopped(
+        report, 3, "cannot find a filesystem labelled 'COS_STATE'", "hint: labels seen: COS_GRUB (/dev/vda1)"
+    )
+    assert report.result["waits"][0]["missing"] == ["LABEL=COS_STATE"]
+
+
+def test_image_missing(machine: Callable[..., Machine], cos_disk: Callable[..., Disk]) -> None:
+    disk = cos_disk(state={"cOS/active.img": None})
+
+    report = machine(disk, expect.ACTIVE).boot(limit_s=45)
+
+    expect.stopped(report, 4, "cannot find the image '/run/initramfs/cos-state/cOS/active.img'", "hint: ")
+
+
+def test_image_garbage(machine: Callable[..., Machine], cos_disk: Callable[..., Disk]) -> None:
+    disk = cos_disk(state={"cOS/active.img": b"garbage" * 100000})
+
+    report = machine(disk, expect.ACTIVE).boot(limit_s=45)
+
+    expect.stopped(report, 4, "cannot mount '/run/initramfs/cos-state/cOS/active.img': no superblock")
+
+
+def test_unknown_mode(machine: Callable[..., Machine], disk: Disk) -> None:
+    report = machine(disk, "elemental.mode=aktiv elemental.image=/cOS/active.img quiet").boot(limit_s=45)
+
+    expect.stopped(report, 2, "cannot boot the unknown mode 'aktiv'", "hint: write elemental.mode=active")
+
+
+def test_layout_with_a_syntax_error(machine: Callable[..., Machine], cos_disk: Callable[..., Disk]) -> None:
+    disk = cos_disk(oem={"cos-layout.env": "OVERLAY=tmpfs:10%\nRW_PATHS '/etc'\n"})
+
+    report = machine(disk, expect.ACTIVE).boot(limit_s=45)
+
+    expect.stopped(
+        report, 2, "cannot read line 2 of /oem/cos-layout.env: 'RW_PATHS '/etc'' is not an assignment"
+    )
+
+
+def test_recovery_goes_on_without_a_broken_layout(
+    machine: Callable[..., Machine], cos_disk: Callable[..., Disk]
+) -> None:
+    disk = cos_disk(oem={"cos-layout.env": "RW_PATHS '/etc'\n"})
+    cmdline = "root=LABEL=COS_RECOVERY cos-img/filename=/cOS/recovery.squashfs quiet"
+
+    report = machine(disk, cmdline).boot(limit_s=90)
+
+    assert (report.stage, report.slot, report.state) == ("system", "recovery", "running")
+    assert any(
+        "this boot goes on without /oem/cos-layout.env" in line for line in report.messages(priority=4)
+    )
+    expect.overlaid(report, *expect.RW_PATHS)
+
+
+def test_oem_absent(machine: Callable[..., Machine], cos_disk: Callable[..., Disk]) -> None:
+    """OEM is important and not required: the boot goes on, degraded, and says so."""
+    disk = cos_disk(without=("oem",))
+
+    report = machine(disk, f"{expect.ACTIVE} rd.cos.oemtimeout=5").boot(limit_s=90)
+
+    assert (report.stage, report.slot, report.state) == ("system", "active", "running")
+    assert (report.result["outcome"], report.result["exit_status"]) == ("degraded", 0)
+    assert report.file("/run/cos/degraded") == "/oem: cannot find a filesystem labelled 'COS_OEM'\n"
+    assert "this boot is degraded: /oem: cannot find a filesystem labelled 'COS_OEM'" in report.console
+    assert "/oem" not in report.fstab
+    expect.volume(report, "/usr/local", disk.number("persistent"))
+
+
+def test_persistent_absent(machine: Callable[..., Machine], cos_disk: Callable[..., Disk]) -> None:
+    """A node that boots without its data would start anew over it."""
+    disk = cos_disk(without=("persistent",))
+
+    report = machine(disk, f"{expect.ACTIVE} rd.cos.timeout=8").boot(limit_s=60)
+
+    expect.stopped(report, 3, "cannot find a filesystem labelled 'COS_PERSISTENT'")
+
+
+def test_late_disk_is_waited_for(machine: Callable[..., Machine], disk: Disk) -> None:
+    late = machine(disk, expect.ACTIVE.replace(" quiet", ""), with_disk=False)
+
+    report = late.boot(limit_s=120, when=[(20.0, lambda guest: guest.plug(disk.path, "late"))])
+
+    assert (report.stage, report.slot, report.state) == ("system", "active", "running")
+    assert report.result["outcome"] == "ok"
+    wait = report.result["waits"][0]
+    assert "LABEL=COS_STATE" in wait["specs"]
+    assert wait["missing"] == []
+    assert wait["took_usec"] > 5e6
+    told = [line for line in report.messages("immucore.service") if line.startswith("waiting for")]
+    assert told
+    assert "a filesystem labelled 'COS_STATE'" in told[0]
+    assert "seen: " in told[0]
+
+
+def test_two_disks_with_the_same_label(
+    machine: Callable[..., Machine], disk: Disk, cos_disk: Callable[..., Disk]
+) -> None:
+    """Neither is the right one by chance."""
+    other = cos_disk()
+
+    report = machine(disk, expect.ACTIVE, extra_disks=(other.path,)).boot(limit_s=60)
+
+    expect.stopped(
+        report, 3, "cannot choose a filesystem labelled 'COS_STATE': 2 devices have it", "/dev/vdb4"
+    )
+
+
+def test_sigterm_is_a_failed_boot(machine: Callable[..., Machine], cos_disk: Callable[..., Disk]) -> None:
+    disk = cos_disk(without=("persistent",))  # so that the agent waits, in the middle of its work
+
+    report = machine(disk, expect.ACTIVE, initramfs_files=unit("kill", KILL)).boot(limit_s=60)
+
+    expect.stopped(report, 4, "stopped by signal 15 in the middle of the boot")
+    assert report.mount("/sysroot").source.startswith("/dev/loop")
+
+
+def test_isolate_storm_loses_no_mount(machine: Callable[..., Machine], disk: Disk) -> None:
+    storm = machine(disk, expect.ACTIVE, initramfs_files=unit("storm", STORM))
+
+    report = storm.boot(limit_s=120)
+
+    expect.healthy(report, "active", "/cOS/active.img")
+    planned = [
+        step["operation"]["target"] for step in json.loads(report.file("/run/immucore/steps.json"))["steps"]
+    ]
+    mounted = {mount.target for mount in report.mountinfo}
+    kinds = ("/sysroot", "/run/initramfs/cos-state", "/run/overlay")
+    for target in planned:
+        if target.startswith(kinds) and not target.endswith("fstab"):
+            assert (target.removeprefix("/sysroot") or "/") in mounted
+
+
+def test_guard_stops_a_boot_without_a_result(machine: Callable[..., Machine], disk: Disk) -> None:
+    """Somebody unmounts what the agent mounted: the root is not switched."""
+    unmount = """\
+[Unit]
+DefaultDependencies=no
+After=immucore.service
+Before=initrd-root-fs.target
+[Service]
+Type=oneshot
+ExecStart=/bin/umount /sysroot/usr/local
+"""
+
+    report = machine(disk, expect.ACTIVE, initramfs_files=unit("unmount", unmount)).boot(limit_s=60)
+
+    assert report.stage == "initramfs"
+    assert "/sysroot/usr/local, which immucore mounted, is no longer mounted" in report.console
+    assert "Switching root" not in report.console
+
+
+def test_debug_tells_everything(machine: Callable[..., Machine], disk: Disk) -> None:
+    report = machine(disk, f"{expect.ACTIVE} rd.cos.debug").boot(limit_s=90)
+
+    expect.healthy(report, "active", "/cOS/active.img")
+    journal = "\n".join(report.messages("immucore.service"))
+    for text in (
+        "command line: ",
+        "parsed: Cmdline(",
+        "device: Device(path='/dev/vda4'",
+        "plan: loop ",
+        "done in ",
+    ):
+        assert text in journal
+    assert "mountinfo:" in journal
+    assert journal.count("\n") > 40
+
+
+def test_quiet_without_debug(machine: Callable[..., Machine], disk: Disk) -> None:
+    report = machine(disk, expect.ACTIVE).boot(limit_s=90)
+
+    lines = [
+        line
+        for line in report.messages("immucore.service")
+        if not line.startswith(("Starting ", "Finished "))
+    ]
+    assert len(lines) == 1
+    assert lines[0].startswith("active booted from /cOS/active.img in ")
+    assert "immucore" not in report.console
+
+
+def test_debugrw_makes_root_and_state_writable(machine: Callable[..., Machine], disk: Disk) -> None:
+    touch = "touch /usr/bin/debugged /run/initramfs/cos-state/debugged"
+
+    report = machine(disk, f"{expect.ACTIVE} rd.cos.debugrw").boot(limit_s=90, commands=(touch,))
+
+    assert (report.stage, report.slot, report.state) == ("system", "active", "running")
+    assert report.output(touch) == ""
+    assert report.mount("/").writable
+
+
+def test_unsupported_key_is_named(machine: Callable[..., Machine], disk: Disk) -> None:
+    report = machine(disk, f"{expect.ACTIVE} rd.cos.safe rd.cos.wrong=1").boot(limit_s=90)
+
+    assert (report.stage, report.slot) == ("system", "active")
+    warnings = "\n".join(report.messages("immucore.service", priority=4))
+    assert "'rd.cos.safe' on the kernel command line is not supported yet" in warnings
+    assert "'rd.cos.wrong=1' on the kernel command line is not a key of immucore" in warnings
+
+
+def test_self_test_passes_in_the_initramfs(disk: Disk) -> None:
+    """Every module imports and every library opens, with nothing but what dracut put there."""
+    for suite in ("bookworm",):
+        unpacked = derivative.unpacked(suite)
+        for arguments in (["self-test"], ["--version"]):
+            derivative.run("chroot", unpacked, "/usr/lib/immucore/immucore", *arguments)
