@@ -47,7 +47,7 @@ check: deps  ## ruff, mypy --strict, shellcheck
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	shellcheck dracut-module/50immucore/immucore-* dracut-module/50immucore/*.sh vm-tests/guest/*.sh .ci/run
+	shellcheck $(filter-out %.service,$(wildcard dracut-module/50immucore/*)) vm-tests/guest/*.sh .ci/run
 
 unit: deps freeze  ## unit, golden and integration tests; at least 90 % of immucore/ has to be covered
 	$(BIN)/pytest tests --cov --cov-report=term --cov-fail-under=90

@@ -54,7 +54,7 @@ def _value(text: str, position: int, name: str) -> tuple[str, int]:
         if character == "\\":
             if text[position : position + 1] != "\n":
                 value += text[position : position + 1]
-                bare = len(value)
+            bare = len(value)
             position, unquoted = position + 1, True
         elif character in "'\"" and not unquoted:
             value, position = _quoted(text, position, value, name)

@@ -20,15 +20,25 @@ if TYPE_CHECKING:
 UDEV = "/run/udev/data"
 RUN = "/run/cos"
 MAX_FILE_BYTES = 1 << 20  # nobody's layout is larger, and a disk is not to fill the memory
+BLOCK_BYTES = 1 << 14  # most files are one; open().read() would take a dozen system calls instead of three
 
 
 def text(path: str, *, missing: str = "") -> str:
     """Read a small file; `missing` if there is none."""
     try:
-        with open(path, "rb") as file:
-            return file.read(MAX_FILE_BYTES).decode("utf-8", "surrogateescape")
+        descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return missing
+    content = b""
+    try:
+        while block := os.read(descriptor, min(BLOCK_BYTES, MAX_FILE_BYTES - len(content))):
+            content += block
+    except OSError as error:
+        error.filename = path
+        raise
+    finally:
+        os.close(descriptor)
+    return content.decode("utf-8", "surrogateescape")
 
 
 def devices(sysfs: str = "/sys/class/block", udev: str = UDEV) -> Devices:
@@ -38,20 +48,21 @@ def devices(sysfs: str = "/sys/class/block", udev: str = UDEV) -> Devices:
     """
     found = []
     for name in sorted(os.listdir(sysfs)):
-        number = text(f"{sysfs}/{name}/dev").strip()
+        directory = f"{sysfs}/{name}"
+        number = text(f"{directory}/dev").strip()
         record = text(f"{udev}/b{number}")
         if not record:
             continue
         properties = dict(
             line[2:].split("=", 1) for line in record.splitlines() if line.startswith("E:") and "=" in line
         )
-        real = os.path.realpath(f"{sysfs}/{name}")
-        whole = (
-            real
-            if properties.get("PARTN") is None and not os.path.exists(f"{real}/partition")
-            else real.rpartition("/")[0]
-        )
-        found.append(_device(name, whole.rpartition("/")[2], properties, text(f"{real}/size")))
+        disk = name
+        if "PARTN" in properties or os.path.exists(f"{directory}/partition"):
+            try:
+                disk = os.readlink(directory).split("/")[-2]  # ../../devices/.../vda/vda1
+            except FileNotFoundError:  # it has gone while we look
+                continue
+        found.append(_device(name, disk, properties, text(f"{directory}/size")))
     return Devices(all=tuple(found))
 
 
@@ -194,7 +205,7 @@ def _real(directory: int, path: str, links_left: int) -> str:
     here = f"{above.rstrip('/')}/{name}"
     try:
         descriptor = syscalls.openat2(directory, here, os.O_PATH | os.O_NOFOLLOW)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return here
     try:
         if not stat.S_ISLNK(os.fstat(descriptor).st_mode):

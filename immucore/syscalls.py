@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
+import _ctypes
 import os
+import struct
 
 RESOLVE_IN_ROOT = 0x10  # openat2(2)
 MS = {
@@ -23,24 +24,36 @@ MS = {
 MS_BIND = 4096
 _NR_OPENAT2 = 437  # on every architecture but alpha
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
-_libc.syscall.restype = ctypes.c_long
+
+class _Function(_ctypes.CFuncPtr):
+    """A function of the C library that answers an int: as ctypes has it, but importing that costs 1 ms."""
+
+    _flags_ = _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_USE_ERRNO
+
+
+class _Long(_ctypes._SimpleCData):  # type: ignore[type-arg]  # it takes none before Python 3.13
+    """An argument that is a long; a plain int is passed as a C int, bytes as a pointer to them."""
+
+    _type_ = "l"
+
+
+_program = _ctypes.dlopen(None, os.RTLD_NOW)  # type: ignore[arg-type]  # None is this program
+_mount = _Function(_ctypes.dlsym(_program, "mount"))
+_syncfs = _Function(_ctypes.dlsym(_program, "syncfs"))
+_syscall = _Function(_ctypes.dlsym(_program, "syscall"))
 
 
 def mount(source: str, target: str, fstype: str, flags: int, data: str) -> None:
     """Mount a file system, in the words of the manual page."""
     arguments = [os.fsencode(text) for text in (source, target, fstype, data)]
-    if _libc.mount(arguments[0], arguments[1], arguments[2], flags, arguments[3]) < 0:
+    if _mount(arguments[0], arguments[1], arguments[2], _Long(flags), arguments[3]) < 0:
         _fail(target)
 
 
 def openat2(directory: int, path: str, flags: int, resolve: int = RESOLVE_IN_ROOT) -> int:
     """Open `path` below `directory`, by default as if that were the root: no symlink, no `..` leads out."""
-    how = (ctypes.c_uint64 * 3)(flags | os.O_CLOEXEC, 0, resolve)
-    descriptor: int = _libc.syscall(
-        ctypes.c_long(_NR_OPENAT2), ctypes.c_int(directory), os.fsencode(path), how, ctypes.c_size_t(24)
-    )
+    how = struct.pack("=QQQ", flags | os.O_CLOEXEC, 0, resolve)  # struct open_how: flags, mode, resolve
+    descriptor: int = _syscall(_Long(_NR_OPENAT2), directory, os.fsencode(path), how, _Long(len(how)))
     if descriptor < 0:
         _fail(path)
     return descriptor
@@ -48,10 +61,10 @@ def openat2(directory: int, path: str, flags: int, resolve: int = RESOLVE_IN_ROO
 
 def syncfs(descriptor: int) -> None:
     """Write out the file system that `descriptor` is on."""
-    if _libc.syncfs(ctypes.c_int(descriptor)) < 0:
+    if _syncfs(descriptor) < 0:
         _fail("")
 
 
 def _fail(path: str) -> None:
-    number = ctypes.get_errno()
+    number = _ctypes.get_errno()
     raise OSError(number, os.strerror(number), path)

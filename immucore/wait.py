@@ -40,7 +40,7 @@ def for_devices(wanted: tuple[Wanted, ...], log: Log) -> Devices:
     """
     started = time.monotonic()
     origin = initramfs_start(started)
-    told = started
+    told = -SAY_SEC  # the first time at once
     deadlines = {each: origin + each.timeout_sec if each.timeout_sec else float("inf") for each in wanted}
     events = UeventSocket()
     events.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, RCVBUF_BYTES)
@@ -62,7 +62,7 @@ def for_devices(wanted: tuple[Wanted, ...], log: Log) -> Devices:
             if now - told >= SAY_SEC:
                 log.info(_progress(pending, deadlines, devices, now))
                 told = now
-            until = min(*(deadlines[each] for each in pending), now + LOOK_SEC, told + SAY_SEC)
+            until = min(now + LOOK_SEC, *(deadlines[each] for each in pending))
             poll.poll(max(0.0, until - now) * 1000 + 1)
             _drain(events)
     finally:
@@ -80,7 +80,10 @@ def initramfs_start(now: float) -> float:
         return now
     try:
         while True:
-            prefix, _, message = os.read(kmsg, 8192).partition(b";")
+            line = os.read(kmsg, 8192)
+            if not line:
+                return now
+            prefix, _, message = line.partition(b";")
             if message.startswith(b"Run /") and b" as init process" in message:
                 return int(prefix.split(b",")[2]) / 1e6
     except OSError as error:

@@ -84,7 +84,10 @@ def show_steps(console: Console, report: Report) -> None:
 
 
 def show_time(console: Console, report: Report) -> None:
-    """Print where the time of the boot went; an emulated machine is some ten times slower than a real one."""
+    """Print where the time of the boot went.
+
+    An emulated machine is some ten times slower than a real one.
+    """
     manager = {
         name: int(value) for name, value in report.manager.items() if name.endswith("TimestampMonotonic")
     }

@@ -15,7 +15,8 @@ def healthy(report: Report, slot: str, image: str) -> None:
     assert report.state == "running", report.failed_units
     assert report.failed_units == []
     root = report.mount("/")
-    # systemd 257 binds /run anew at the switch: the kernel then names the file by its place in the partition alone.
+    # systemd 257 binds /run anew at the switch: the kernel then names the file by its place in the partition
+    # alone.
     assert report.backing_files[root.source] in (f"/run/initramfs/cos-state{image}", image)
     assert not report.mount("/run/initramfs/cos-state").writable
     assert report.findmnt_verify.status == 0, report.findmnt_verify.output

@@ -61,7 +61,8 @@ def test_overlay_on_a_block_device(machine: Callable[..., Machine], cos_disk: Ca
 def test_volumes_of_the_command_line(machine: Callable[..., Machine], cos_disk: Callable[..., Disk]) -> None:
     """One beside the others and one nested below another, given in the wrong order."""
     disk = cos_disk(extra=(Partition("data", "DATA", 16, {"hello": "data"}), Partition("deep", "DEEP", 16)))
-    cmdline = f"{expect.ACTIVE} rd.cos.mount=PARTLABEL=deep:/usr/local/deep:noatime rd.cos.mount=LABEL=DATA:/srv/data"
+    mounts = "rd.cos.mount=PARTLABEL=deep:/usr/local/deep:noatime rd.cos.mount=LABEL=DATA:/srv/data"
+    cmdline = f"{expect.ACTIVE} {mounts}"
 
     report = machine(disk, cmdline).boot(limit_s=90, commands=("cat /srv/data/hello",))
 

@@ -39,7 +39,7 @@ def test_slot_boots(machine: Callable[..., Machine], disk: Disk, image: str) -> 
     [
         "root=LABEL=COS_ACTIVE cos-img/filename=/cOS/active.img",
         "elemental.mode=active elemental.image=/cOS/active.img",
-        "root=PARTLABEL=state elemental.mode=active elemental.image=/cOS/active.img elemental.oemlabel=COS_OEM",
+        "root=PARTLABEL=state elemental.mode=active elemental.image=/cOS/active.img",
     ],
     ids=["cos-toolkit", "elemental-2", "elemental-2-partlabel"],
 )

@@ -11,10 +11,15 @@ fi
 
 if [ -e "$_immucore/sysroot.mount" ]; then
     # dracut's generator, which knows only the command line, has the initqueue wait for the device before this hook runs.
-    _root=$(getarg root=)
-    _root=$(str_replace "$(label_uuid_to_dev "$_root")" / '\x2f')
-    rm -f -- "$hookdir/initqueue/finished/devexists-$_root.sh" "$hookdir/emergency/80-$_root.sh"
-    unset _root
+    # An emptied script waits for nothing.
+    _root=$(str_replace "$(label_uuid_to_dev "$root")" / '\x2f')
+    for _script in "$hookdir/initqueue/finished/devexists-$_root.sh" "$hookdir/emergency/80-$_root.sh"; do
+        [ ! -e "$_script" ] || : > "$_script"
+    done
+    # Before udev starts: a loop device that appears while its file is being mounted is one that systemd takes for gone
+    # when it hears of it at last, and what is mounted from it with it. One process for both modules, too.
+    modprobe -q -a loop overlay
+    unset _root _script
     root=immucore rootok=1 root_unset=
 fi
 unset _immucore

@@ -76,6 +76,7 @@ install() {
     inst_hook cmdline 15 "$moddir/immucore-cmdline.sh"
 
     if dracut_module_included systemd; then
+        inst_script "$moddir/immucore-unexplained" "$_bundle/immucore-unexplained" || exit 1
         inst_simple "$moddir/immucore.service" "$units/immucore.service" || exit 1
         inst_simple "$moddir/immucore-guard.service" "$units/immucore-guard.service" || exit 1
     else

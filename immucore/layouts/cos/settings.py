@@ -158,7 +158,7 @@ def _volumes(cmdline: Cmdline, image: Image, notes: list[str]) -> dict[str, Volu
 def _by_mountpoint(volumes: list[Volume], image: Image) -> dict[str, Volume]:
     found: dict[str, Volume] = {}
     for listed in volumes:
-        volume: Volume = listed.replace(mountpoint=image.real(listed.mountpoint))
+        volume: Volume = listed.replace(mountpoint=_path(image.real(listed.mountpoint), listed.why))
         other = found.setdefault(volume.mountpoint, volume)
         if other.spec != volume.spec:
             raise LayoutError(
@@ -211,9 +211,9 @@ def _paths(image: Image, name: str, default: str, custom: str, notes: list[str])
     for value, why in lists:
         for word in value.split():
             path = _path(word, why)
-            real = image.real(path)
-            link = "" if real == path else f", a symlink to {real}"
+            link = "" if image.real(path) == path else f", a symlink to {image.real(path)}"
             listed = Listed(name=path, why=f"{why} has {word}{link}")
+            real = _path(image.real(path), listed.why)
             if found.setdefault(real, listed).name != path:
                 notes.append(f"{path}: the same as {found[real].name}, although {listed.why}")
     return {path: found[path] for path in sorted(found, key=by_components)}

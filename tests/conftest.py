@@ -1,0 +1,17 @@
+"""What all tests share: how hypothesis runs, and the option with which `make golden` rewrites."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hypothesis import settings
+
+if TYPE_CHECKING:
+    import pytest
+
+settings.register_profile("immucore", max_examples=150, deadline=None, database=None)
+settings.load_profile("immucore")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rewrite", action="store_true", help="rewrite tests/golden; review the diff")

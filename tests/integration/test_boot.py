@@ -1,0 +1,721 @@
+"""The whole agent, from source and frozen, on a real disk with real file systems."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from native import ACTIVE, PASSIVE, RECOVERY, ROOT, Boot, Machine
+
+STATE = "/run/initramfs/cos-state"
+RW_PATHS = ("/etc", "/home", "/opt", "/root", "/srv", "/usr/local", "/var")  # as they are mounted
+GUARD = ROOT / "dracut-module/50immucore/immucore-guard"
+FILES = {"immucore.log", "mounts", "plan.json", "result.json", "steps.json"}
+MODES = {"active", "passive", "recovery", "live"}
+BIND_STATE = 'PERSISTENT_STATE_PATHS="/var /home"\nPERSISTENT_STATE_BIND=true\n'
+OVERLAY_STATE = 'PERSISTENT_STATE_PATHS="/var /home"\nPERSISTENT_STATE_BIND=false\n'
+OTHER_SLOT = "boot another slot from the boot menu, and install this one again from there"
+
+
+def layout(machine: Machine, text: str, **place: str) -> None:
+    """Write the cos-layout.env of an image."""
+    with machine.image(**place) as root:
+        (root / "etc/cos/cos-layout.env").write_text(text)
+
+
+def sentinels(machine: Machine) -> set[str]:
+    """Read every sentinel; each has to hold 1 without a newline."""
+    found = set()
+    for field in ("cos", "elemental"):
+        directory = machine.path(f"/run/{field}")
+        for file in directory.glob("*_mode") if directory.is_dir() else ():
+            assert file.read_text() == "1"
+            found.add(f"{field}/{file.name}")
+    return found
+
+
+def check_mounts(machine: Machine, boot: Boot) -> None:
+    """Compare what is mounted with the plan: everything, nothing else, and each as it was planned."""
+    done = [step["operation"] for step in boot.steps if step["outcome"] in ("done", "present")]
+    planned = [each for each in done if each["kind"] in ("mount", "loop", "bind", "overlay")]
+    assert sorted(mount.target for mount in boot.mounts) == sorted(each["target"] for each in planned)
+    assert boot.files["mounts"].split() == sorted(each["target"] for each in planned)
+    for each in planned:
+        mount = next(mount for mount in boot.mounts if mount.target == each["target"])
+        match each["kind"]:
+            case "mount":
+                assert (mount.source, mount.fstype) == (each["source"], each["fstype"])
+                assert "ro" not in each["options"] or "ro" in mount.options
+                assert {"nosuid", "nodev", "noexec"} & {*each["options"]} <= {*mount.options}
+            case "loop":
+                backing = machine.run("cat", f"/sys/dev/block/{mount.device}/loop/backing_file")
+                assert backing == each["source"] + "\n"
+                assert mount.options[0] == each["options"][0]
+            case "overlay":
+                assert f"upperdir={each['backing']}/upper" in mount.superblock_options
+                assert mount.options[0] == "rw"
+            case "bind":
+                source, target = (machine.path(path).stat() for path in (each["source"], each["target"]))
+                assert (source.st_dev, source.st_ino) == (target.st_dev, target.st_ino)
+
+
+def check_good(machine: Machine, boot: Boot, mode: str, image: str) -> None:
+    """Check everything that holds for every good boot."""
+    assert boot.status == 0
+    assert boot.stderr.startswith(f"<6>{mode} booted from {image} in ")
+    assert boot.stderr.count("\n") == 1
+    assert boot.console == ""
+    bound = any(mount.target == "/sysroot/etc/fstab" for mount in boot.mounts)
+    assert set(boot.files) == FILES | ({"fstab"} if bound else set())
+    result = boot.result
+    expected = {"schema": 1, "outcome": "ok", "exit_status": 0, "mode_asked": mode, "mode_booted": mode}
+    assert {key: result[key] for key in expected} == expected
+    assert (result["error"], result["degraded"], result["waits"]) == (None, [], [])
+    root = machine.path("/sysroot").stat()
+    assert result["root"] == {
+        "dev": f"{os.major(root.st_dev)}:{os.minor(root.st_dev)}",
+        "ino": root.st_ino,
+    }
+    assert [step["operation"] for step in boot.steps] == boot.plan["operations"]
+    assert all(step["outcome"] in ("done", "present") and not step["reason"] for step in boot.steps)
+    started = [step["started_usec"] for step in boot.steps]
+    assert started == sorted(started)
+    assert started[0] >= result["started_usec"]
+    assert sum(step["took_usec"] for step in boot.steps) <= result["took_usec"]
+    assert sentinels(machine) == {f"cos/{mode}_mode", f"elemental/{mode}_mode"}
+    assert not machine.path("/run/cos/degraded").exists()
+    slot = "recovery" if mode == "recovery" else mode
+    assert machine.path("/sysroot/etc/slot").read_text() == slot
+    check_mounts(machine, boot)
+    machine.run("sh", GUARD)
+    check_fstab(machine)
+
+
+def check_fstab(machine: Machine) -> None:
+    """Check that each mount point has one line that can be read, as the booted system names it."""
+    text = machine.path("/sysroot/etc/fstab").read_text()
+    assert "/sysroot" not in text
+    targets = [line.split()[1] for line in text.splitlines() if not line.startswith("#")]
+    assert len(targets) == len(set(targets))
+    assert all(line.startswith("#") or len(line.split()) == 6 for line in text.splitlines())
+
+
+def check_failed(machine: Machine, boot: Boot, status: int, message: str, hint: str) -> None:
+    """Check everything that holds for every failed boot."""
+    assert boot.status == status
+    assert set(boot.files) == FILES
+    assert boot.result["outcome"] == "failed"
+    assert boot.result["exit_status"] == status
+    assert boot.result["mode_booted"] == ""
+    assert boot.result["error"] == {"message": message, "hint": hint}
+    for said in (boot.stderr, boot.console):
+        assert f"immucore: {message}" in said
+        assert f"  hint: {hint}" in said
+        assert "More: /run/immucore/immucore.log" in said.splitlines()[-1] or said is boot.console
+        assert "Traceback" not in said
+    assert "Traceback" not in boot.files["immucore.log"]
+    assert sentinels(machine) == set()
+    check_mounts(machine, boot)
+    refused = subprocess.run(machine.inside("sh", GUARD), capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+
+
+# Good boots
+
+
+@pytest.mark.parametrize(
+    ("cmdline", "mode", "image"),
+    [
+        (ACTIVE, "active", "/cOS/active.img"),
+        (PASSIVE, "passive", "/cOS/passive.img"),
+        ("root=LABEL=COS_STATE cos-img/filename=/cOS/active.img", "active", "/cOS/active.img"),
+        ("elemental.mode=passive elemental.image=/cOS/passive.img", "passive", "/cOS/passive.img"),
+        ("root=PARTLABEL=state cos-img/filename=/cOS/active.img", "active", "/cOS/active.img"),
+        (RECOVERY, "recovery", "/cOS/recovery.squashfs"),
+        (RECOVERY.replace("squashfs", "img"), "recovery", "/cOS/recovery.img"),
+    ],
+)
+def test_boots_each_slot(
+    machine: Machine, agent: Sequence[str], cmdline: str, mode: str, image: str
+) -> None:
+    boot = machine.boot(cmdline, agent)
+
+    check_good(machine, boot, mode, image)
+    targets = {mount.target: mount for mount in boot.mounts}
+    root = targets["/sysroot"]
+    assert "ro" in root.options
+    assert root.fstype == ("squashfs" if image.endswith("squashfs") else "ext4")
+    assert "ro" in targets[STATE].options
+    assert targets[STATE].source == machine.part("recovery" if mode == "recovery" else "state")
+    assert targets["/sysroot/oem"].source == machine.part("oem")
+    assert "rw" in targets["/sysroot/oem"].options
+    overlays = [mount.target for mount in boot.mounts if mount.fstype == "overlay"]
+    if mode == "recovery":
+        assert overlays == ["/sysroot" + path for path in RW_PATHS]
+    else:
+        assert overlays == ["/sysroot" + path for path in RW_PATHS if path != "/usr/local"]
+        assert targets["/sysroot/usr/local"].source == machine.part("persistent")
+
+
+def test_keeps_what_the_directories_are(machine: Machine, agent: Sequence[str]) -> None:
+    """An overlay has the mode, owner and attributes of what it covers, and /tmp its sticky bit."""
+    machine.boot(ACTIVE, agent)
+
+    root = machine.path("/sysroot/root").stat()
+    assert (stat.S_IMODE(root.st_mode), root.st_uid, root.st_gid) == (0o700, 4711, 4712)
+    assert os.getxattr(machine.path("/sysroot/root"), "user.kept") == b"yes"
+    assert stat.S_IMODE(machine.path("/sysroot/tmp").stat().st_mode) == 0o1777
+    assert stat.S_IMODE(machine.path("/sysroot/etc").stat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize("layout_text", ["", BIND_STATE, OVERLAY_STATE])
+def test_a_second_run_changes_nothing(machine: Machine, agent: Sequence[str], layout_text: str) -> None:
+    layout(machine, layout_text)
+    first = machine.boot(ACTIVE, agent)
+    fstab = machine.path("/sysroot/etc/fstab").read_text()
+    table = machine.run("cat", "/proc/self/mountinfo")
+
+    second = machine.boot(ACTIVE, agent)
+
+    assert second.status == 0
+    assert machine.run("cat", "/proc/self/mountinfo") == table
+    assert second.outcomes() == dict.fromkeys(first.outcomes(), "present")
+    assert machine.path("/sysroot/etc/fstab").read_text() == fstab
+    assert (second.files["mounts"], second.plan) == (first.files["mounts"], first.plan)
+    machine.run("sh", GUARD)
+
+
+@pytest.mark.parametrize("layout_text", [BIND_STATE, OVERLAY_STATE])
+def test_state_survives_and_the_rest_does_not(
+    switch_on: Callable[[], Machine], agent: Sequence[str], layout_text: str
+) -> None:
+    machine = switch_on()
+    layout(machine, layout_text)
+    check_good(machine, machine.boot(ACTIVE, agent), "active", "/cOS/active.img")
+    for path in ("/var/mine", "/home/mine", "/usr/local/mine", "/oem/mine", "/etc/mine"):
+        machine.path(f"/sysroot{path}").write_text("kept")
+    machine.path("/sysroot/var/log/messages").write_text("edited")
+    machine.path("/sysroot/var/sparse").unlink()
+
+    machine = switch_on()
+    boot = machine.boot(ACTIVE, agent)
+
+    check_good(machine, boot, "active", "/cOS/active.img")
+    for path in ("/var/mine", "/home/mine", "/usr/local/mine", "/oem/mine"):
+        assert machine.path(f"/sysroot{path}").read_text() == "kept"
+    assert not machine.path("/sysroot/etc/mine").exists()
+    assert machine.path("/sysroot/var/log/messages").read_text() == "edited"
+    assert not machine.path("/sysroot/var/sparse").exists()
+    seeds = [outcome for step, outcome in boot.outcomes().items() if step.startswith("seed")]
+    assert seeds == (["present"] * 2 if layout_text == BIND_STATE else [])
+
+
+def test_overlay_on_a_block_device_is_kept(switch_on: Callable[[], Machine], agent: Sequence[str]) -> None:
+    cmdline = f"{ACTIVE} rd.cos.overlay=LABEL=COS_RECOVERY"
+    machine = switch_on()
+    boot = machine.boot(cmdline, agent)
+    check_good(machine, boot, "active", "/cOS/active.img")
+    base = next(mount for mount in boot.mounts if mount.target == "/run/overlay")
+    assert (base.source, base.fstype) == (machine.part("recovery"), "ext4")
+    machine.path("/sysroot/etc/mine").write_text("kept")
+
+    machine = switch_on()
+    check_good(machine, machine.boot(cmdline, agent), "active", "/cOS/active.img")
+
+    assert machine.path("/sysroot/etc/mine").read_text() == "kept"
+
+
+def test_no_writable_path_at_all(machine: Machine, agent: Sequence[str]) -> None:
+    """RW_PATHS that is set but empty means none: fstab is then bound over the image's."""
+    layout(machine, "RW_PATHS=\n")
+
+    boot = machine.boot(ACTIVE, agent)
+
+    check_good(machine, boot, "active", "/cOS/active.img")
+    assert not [mount for mount in boot.mounts if mount.fstype == "overlay"]
+    assert "/sysroot/etc/fstab" in [mount.target for mount in boot.mounts]
+    with pytest.raises(OSError, match="Read-only"):
+        machine.path("/sysroot/etc/mine").write_text("")
+
+
+def test_layouts_of_image_and_oem_are_merged(machine: Machine, agent: Sequence[str]) -> None:
+    layout(machine, 'RW_PATHS="/etc /var"\nVOLUMES="LABEL=COS_OEM:/oem LABEL=COS_PERSISTENT:/usr/local"\n')
+    with machine.partition("oem") as oem:
+        (oem / "cos-layout.env").write_text("RW_PATHS='/etc /var /srv'\n")
+
+    boot = machine.boot(ACTIVE, agent)
+
+    check_good(machine, boot, "active", "/cOS/active.img")
+    overlays = [each for each in boot.plan["operations"] if each["kind"] == "overlay"]
+    assert {each["target"]: each["why"] for each in overlays} == {
+        f"/sysroot{path}": f"RW_PATHS in /oem/cos-layout.env has {path}" for path in ("/etc", "/srv", "/var")
+    }
+
+
+def test_nested_volumes(machine: Machine, agent: Sequence[str]) -> None:
+    """A volume below another is mounted after it, on a directory made in it."""
+    nested = "rd.cos.mount=LABEL=COS_RECOVERY:/usr/local/data:ro,noexec"
+
+    boot = machine.boot(f"{ACTIVE} {nested}", agent)
+
+    check_good(machine, boot, "active", "/cOS/active.img")
+    targets = [mount.target for mount in boot.mounts]
+    assert targets.index("/sysroot/usr/local") < targets.index("/sysroot/usr/local/data")
+    assert machine.path("/sysroot/usr/local/data/cOS/recovery.img").is_file()
+
+
+def test_debug_rw(machine: Machine, agent: Sequence[str]) -> None:
+    boot = machine.boot(f"{ACTIVE} rd.cos.debugrw", agent)
+
+    check_good(machine, boot, "active", "/cOS/active.img")
+    writable = {mount.target: "rw" in mount.options for mount in boot.mounts}
+    assert writable["/sysroot"]
+    assert writable[STATE]
+    machine.path("/sysroot/sbin/mine").write_text("")
+
+
+@pytest.mark.parametrize(
+    ("cmdline", "mode"),
+    [
+        (f"{ACTIVE} rd.cos.disable", "active"),
+        (f"{RECOVERY} rd.immucore.disable=1", "recovery"),
+        (f"{ACTIVE} elemental.disable", "active"),
+        ("root=live:CDLABEL=COS_LIVE", "live"),
+        ("root=/dev/vda1 ro quiet", ""),
+    ],
+)
+def test_leaves_the_machine_alone(machine: Machine, agent: Sequence[str], cmdline: str, mode: str) -> None:
+    """Disabled and live boots get their sentinel; a boot that is none of ours not even that."""
+    boot = machine.boot(cmdline, agent)
+
+    assert (boot.status, boot.console, boot.mounts) == (0, "", [])
+    assert boot.stderr == "" or re.fullmatch("<6>nothing to do: .*\n", boot.stderr)
+    assert (boot.result["outcome"], boot.result["root"]) == ("ok", None)
+    assert sentinels(machine) == ({f"cos/{mode}_mode", f"elemental/{mode}_mode"} if mode else set())
+
+
+def test_debug_tells_everything(machine: Machine, agent: Sequence[str]) -> None:
+    boot = machine.boot(f"{ACTIVE} rd.cos.debug", agent)
+
+    assert boot.status == 0
+    said = boot.stderr.splitlines()
+    assert all(line.startswith(("<7>", "<6>")) for line in said)
+    text = "\n".join(said)
+    assert f"<7>command line: {ACTIVE} rd.cos.debug" in said
+    for name in ("oem", "state", "recovery", "persistent"):
+        assert f"device: Device(path='{machine.part(name)}'" in text
+    for step in boot.steps:
+        operation = step["operation"]
+        assert f"<7>plan: {operation['text']}, because {operation['why']}" in said
+        assert f"<7>done in {step['took_usec']} us: {operation['text']}" in said
+    assert "overlay overlay rw" in text  # mountinfo
+    logged = [line.partition("] ")[2] for line in boot.files["immucore.log"].splitlines()]
+    assert [line.replace("> ", ">", 1) for line in logged] == said
+
+
+def test_warns_of_every_key_it_does_not_know(machine: Machine, agent: Sequence[str]) -> None:
+    boot = machine.boot(f"{ACTIVE} rd.cos.nonsense=1 rd.cos.safe rd.cos.timeout=soon", agent)
+
+    assert boot.status == 0
+    warnings = [line for line in boot.stderr.splitlines() if line.startswith("<4>")]
+    assert len(warnings) == 3
+    assert "rd.cos.nonsense=1" in warnings[0]
+    assert "not supported yet" in warnings[1]
+    assert "rd.cos.timeout=soon" in warnings[2]
+    assert "180" in warnings[2]
+
+
+def test_tells_the_kernel_log_without_systemd(machine: Machine, agent: Sequence[str]) -> None:
+    boot = machine.boot(ACTIVE, agent, journal=False)
+
+    assert (boot.status, boot.stderr) == (0, "")
+    assert machine.kernel_log().startswith("<6>immucore: active booted from /cOS/active.img in ")
+
+
+# Failed and degraded boots
+
+
+def test_no_state_partition(machine: Machine, agent: Sequence[str]) -> None:
+    machine.record(machine.part("state")).unlink()
+    started = time.monotonic()
+
+    boot = machine.boot(f"{ACTIVE} rd.cos.timeout=1", agent)
+
+    assert time.monotonic() - started < 4
+    seen = [("COS_OEM", "oem"), ("COS_RECOVERY", "recovery"), ("COS_PERSISTENT", "persistent")]
+    hint = "labels seen: " + ", ".join(f"{label} ({machine.part(name)})" for label, name in seen)
+    check_failed(machine, boot, 3, "cannot find a filesystem labelled 'COS_STATE'", hint)
+    assert boot.mounts == []
+    assert boot.result["waits"][0]["missing"] == ["LABEL=COS_STATE"]
+    assert 900_000 < boot.result["waits"][0]["took_usec"] < 2_000_000
+
+
+def test_no_persistent_partition(machine: Machine, agent: Sequence[str]) -> None:
+    """A node without its data would set itself up anew."""
+    machine.record(machine.part("persistent")).unlink()
+
+    boot = machine.boot(f"{ACTIVE} rd.cos.timeout=1", agent)
+
+    assert (boot.status, boot.result["outcome"]) == (3, "failed")
+    assert boot.result["error"]["message"] == "cannot find a filesystem labelled 'COS_PERSISTENT'"
+    assert sentinels(machine) == set()
+
+
+def test_recovery_needs_nothing_of_the_users(machine: Machine, agent: Sequence[str]) -> None:
+    for name in ("persistent", "oem", "state"):
+        machine.record(machine.part(name)).unlink()
+
+    boot = machine.boot(f"{RECOVERY} rd.cos.oemtimeout=1", agent)
+
+    assert (boot.status, boot.result["outcome"]) == (0, "degraded")
+    assert sentinels(machine) == {"cos/recovery_mode", "elemental/recovery_mode"}
+
+
+def test_oem_that_never_comes(machine: Machine, agent: Sequence[str]) -> None:
+    machine.record(machine.part("oem")).unlink()
+
+    boot = machine.boot(f"{ACTIVE} rd.cos.oemtimeout=1", agent)
+
+    reason = "/oem: cannot find a filesystem labelled 'COS_OEM'"
+    assert boot.status == 0
+    assert boot.result["outcome"] == "degraded"
+    assert boot.result["degraded"] == [reason]
+    assert machine.path("/run/cos/degraded").read_text() == reason + "\n"
+    assert f"immucore: this boot is degraded: {reason}" in boot.console
+    assert boot.outcomes()["missing /sysroot/oem"] == "degraded"
+    assert sentinels(machine) == {"cos/active_mode", "elemental/active_mode"}
+    check_mounts(machine, boot)
+    machine.run("sh", GUARD)
+    assert len(boot.stderr.splitlines()) == 2
+    assert boot.stderr.splitlines()[-1].endswith(f"degraded: {reason}")
+
+
+def test_image_missing(machine: Machine, agent: Sequence[str]) -> None:
+    boot = machine.boot(ACTIVE.replace("active.img", "gone.img"), agent)
+
+    check_failed(machine, boot, 4, f"cannot find the image '{STATE}/cOS/gone.img'", OTHER_SLOT)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 10000])
+def test_image_is_no_file_system(machine: Machine, agent: Sequence[str], content: bytes) -> None:
+    with machine.partition("state") as state:
+        (state / "cOS/active.img").write_bytes(content)
+
+    boot = machine.boot(ACTIVE, agent)
+
+    known = "ext2/3/4, squashfs, erofs, xfs or btrfs"
+    message = f"cannot mount '{STATE}/cOS/active.img': no superblock of {known} in it"
+    check_failed(machine, boot, 4, message, OTHER_SLOT)
+
+
+@pytest.mark.parametrize("kept_bytes", [2048, 65536, 4 << 20])
+def test_image_cut_short(machine: Machine, agent: Sequence[str], kept_bytes: int) -> None:
+    """The superblock is whole and says more than there is."""
+    with machine.partition("state") as state:
+        os.truncate(state / "cOS/active.img", kept_bytes)
+
+    boot = machine.boot(ACTIVE, agent)
+
+    assert boot.status == 4
+    assert boot.result["outcome"] == "failed"
+    assert boot.result["error"]["message"].startswith("cannot ")
+    assert boot.result["error"]["hint"]
+    assert sentinels(machine) == set()
+
+
+def test_unknown_mode(machine: Machine, agent: Sequence[str]) -> None:
+    boot = machine.boot(f"{ACTIVE} elemental.mode=pasive", agent)
+
+    hint = "write elemental.mode=active, elemental.mode=passive or elemental.mode=recovery"
+    check_failed(machine, boot, 2, "cannot boot the unknown mode 'pasive'", hint)
+
+
+def test_syntax_error_in_the_layout(machine: Machine, agent: Sequence[str]) -> None:
+    layout(machine, "RW_PATHS=/etc\nVOLUMES='LABEL=x\n")
+
+    boot = machine.boot(ACTIVE, agent)
+
+    name = "/etc/cos/cos-layout.env"
+    check_failed(
+        machine, boot, 2, f"cannot read line 2 of {name}: the quote ' is never closed", f"close it in {name}"
+    )
+
+
+def test_syntax_error_does_not_stop_recovery(machine: Machine, agent: Sequence[str]) -> None:
+    with machine.partition("oem") as oem:
+        (oem / "cos-layout.env").write_text("this is not an assignment\n")
+
+    boot = machine.boot(RECOVERY, agent)
+
+    assert boot.status == 0
+    assert "<4>cannot read line 1 of /oem/cos-layout.env" in boot.stderr
+
+
+def test_damaged_layout_file(machine: Machine, agent: Sequence[str]) -> None:
+    """What the disk cannot give is no bug in immucore."""
+    layout(machine, "RW_PATHS=/etc\n")
+    with machine.partition("state"):
+        damage = "set_inode_field /etc/cos/cos-layout.env mode 0"
+        machine.run("debugfs", "-w", "-R", damage, "/machine/partition/cOS/active.img")
+
+    boot = machine.boot(ACTIVE, agent)
+
+    assert boot.status == 4
+    assert "/etc/cos/cos-layout.env" in boot.result["error"]["message"]
+    assert boot.result["error"]["message"].endswith("Structure needs cleaning")
+    assert boot.result["error"]["hint"]
+
+
+@pytest.mark.parametrize("kind", ["directory", "fifo", "loop", "dangling"])
+def test_layout_that_is_no_file(machine: Machine, agent: Sequence[str], kind: str) -> None:
+    """Nothing to read is no layout; nothing of it may hang the boot."""
+    with machine.image() as root:
+        path = root / "etc/cos/cos-layout.env"
+        match kind:
+            case "directory":
+                path.mkdir()
+            case "fifo":
+                os.mkfifo(path)
+            case "loop":
+                path.symlink_to("cos-layout.env")
+            case "dangling":
+                path.symlink_to("/nowhere")
+
+    boot = machine.boot(ACTIVE, agent)
+
+    assert "this is a bug" not in boot.stderr
+    assert "Traceback" not in boot.files["immucore.log"]
+    if kind in ("fifo", "dangling"):
+        check_good(machine, boot, "active", "/cOS/active.img")
+    else:
+        assert boot.status == 4
+        assert "/etc/cos/cos-layout.env" in boot.result["error"]["message"]
+        assert boot.result["error"]["hint"]
+
+
+def test_disk_full_while_seeding(machine: Machine, agent: Sequence[str]) -> None:
+    layout(machine, BIND_STATE)
+    with machine.image() as root:
+        (root / "var/large").write_bytes(os.urandom(1 << 20))
+    with machine.partition("persistent") as persistent:
+        fill(persistent, free_bytes=500_000)
+        before = os.statvfs(persistent).f_bfree
+
+    boot = machine.boot(ACTIVE, agent)
+
+    copy = "/sysroot/usr/local/.state/var.bind"
+    message = f"cannot seed {copy} from /sysroot/var: No space left on device"
+    check_failed(machine, boot, 4, message, "free space on the file system that holds it")
+    assert not machine.path(copy).exists()
+    assert not machine.path(f"{copy}.new").exists()
+    assert before - os.statvfs(machine.path("/sysroot/usr/local")).f_bfree < 16  # blocks of directories
+
+
+def test_disk_full_for_what_is_only_important(machine: Machine, agent: Sequence[str]) -> None:
+    """The image's own directory stays to be seen; nothing is bound over it."""
+    layout(machine, "PERSISTENT_STATE_PATHS=/home\nPERSISTENT_STATE_BIND=true\n")
+    with machine.image() as root:
+        (root / "home/large").write_bytes(os.urandom(1 << 20))
+    with machine.partition("persistent") as persistent:
+        fill(persistent, free_bytes=500_000)
+
+    boot = machine.boot(ACTIVE, agent)
+
+    assert (boot.status, boot.result["outcome"]) == (0, "degraded")
+    assert "No space left on device" in boot.result["degraded"][0]
+    assert boot.result["degraded"][1:] == ["/home: /sysroot/usr/local/.state/home.bind is not there"]
+    assert boot.outcomes()["seed /sysroot/usr/local/.state/home.bind"] == "degraded"
+    assert boot.outcomes()["bind /sysroot/home"] == "skipped"
+    assert machine.path("/sysroot/home/large").stat().st_size == 1 << 20
+    check_mounts(machine, boot)
+
+
+def fill(directory: Path, *, free_bytes: int) -> None:
+    """Leave so much space on a file system."""
+    status = os.statvfs(directory)
+    (directory / "filler").write_bytes(b"x" * (status.f_bfree * status.f_frsize - free_bytes))
+
+
+@pytest.mark.parametrize("path", RW_PATHS)
+def test_a_writable_path_that_is_lost(machine: Machine, source: Sequence[str], path: str) -> None:
+    """/etc and /var stop the boot, the others degrade it (contract §7)."""
+    layout(machine, "VOLUMES=LABEL=COS_OEM:/oem\n")
+    with machine.image() as root:
+        lost = root / path[1:]
+        if path == "/etc":
+            lost.rename(root / "etc.before")
+        else:
+            shutil.rmtree(lost)
+        lost.write_text("a file")
+
+    boot = machine.boot(ACTIVE, source)
+
+    message = (
+        f"cannot overlay on /sysroot{path} (upper in /run/overlay/{path[1:].replace('/', '-')}.overlay)"
+    )
+    if path in ("/etc", "/var"):
+        assert (boot.status, boot.result["outcome"]) == (4, "failed")
+        assert boot.result["error"]["message"] == f"{message}: Not a directory"
+    else:
+        assert (boot.status, boot.result["outcome"]) == (0, "degraded")
+        assert boot.result["degraded"] == [f"{path}: {message}: Not a directory"]
+        machine.run("sh", GUARD)
+    check_mounts(machine, boot)
+
+
+def test_a_listed_directory_that_the_image_lacks(machine: Machine, agent: Sequence[str]) -> None:
+    """It is made where its parent is writable, else left out in one clear line."""
+    layout(machine, 'RW_PATHS="/etc /var /var/lib/made /data"\n')
+
+    boot = machine.boot(ACTIVE, agent)
+
+    assert (boot.status, boot.result["outcome"]) == (0, "degraded")
+    assert boot.outcomes()["overlay /sysroot/var/lib/made"] == "done"
+    assert boot.outcomes()["overlay /sysroot/data"] == "degraded"
+    lines = [line for line in boot.stderr.splitlines() if "the boot goes on without it" in line]
+    assert len(lines) == 1
+    assert "Read-only file system" in lines[0]
+    check_mounts(machine, boot)
+
+
+def test_arguments_are_refused(machine: Machine, agent: Sequence[str]) -> None:
+    boot = machine.boot(ACTIVE, [*agent, "--really"])
+
+    check_failed(machine, boot, 2, "cannot boot with '--really'", "immucore boot takes no arguments")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_in_the_middle(machine: Machine, agent: Sequence[str], number: signal.Signals) -> None:
+    """Half a system must not be booted (contract §7)."""
+    machine.record(machine.part("oem")).unlink()
+    process = machine.start(f"{ACTIVE} rd.cos.oemtimeout=30", agent)
+    time.sleep(1)
+    assert process.poll() is None
+
+    os.kill(machine.agent_pid(), number)
+    boot = machine.finish(process, timeout_sec=5)
+
+    hint = "see who stopped immucore.service: journalctl -b"
+    check_failed(machine, boot, 4, f"stopped by signal {number} in the middle of the boot", hint)
+
+
+def test_killed_while_seeding(switch_on: Callable[[], Machine], source: Sequence[str]) -> None:
+    """What was copied so far is not taken for a whole copy, and the next boot completes it."""
+    machine = switch_on()
+    layout(machine, BIND_STATE)
+    with machine.image() as root:
+        for number in range(700):
+            (root / f"var/{number}").write_text(str(number))
+        names = sorted(path.name for path in (root / "var").iterdir())
+    process = machine.start(ACTIVE, source)
+    copy = machine.path("/sysroot/usr/local/.state/var.bind")
+    growing = machine.path("/sysroot/usr/local/.state/var.bind.new/99")
+    deadline = time.monotonic() + 10
+    while not growing.exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+
+    os.kill(machine.agent_pid(), signal.SIGKILL)
+    process.communicate()
+
+    assert not copy.exists()
+    assert not machine.path("/run/immucore/result.json").exists()
+    machine = switch_on()
+    check_good(machine, machine.boot(ACTIVE, source), "active", "/cOS/active.img")
+    copy = machine.path("/sysroot/usr/local/.state/var.bind")
+    assert sorted(path.name for path in copy.iterdir()) == names
+    assert not copy.with_name("var.bind.new").exists()
+
+
+# Images with symlinks
+
+
+def test_links_that_lead_out_stay_inside(machine: Machine, agent: Sequence[str]) -> None:
+    """The machine that boots is not the image: nothing of the initramfs may be mounted over."""
+    with machine.image() as root:
+        (root / "home").rmdir()
+        (root / "home").symlink_to("/../../../../srv/home")
+        (root / "srv/home").mkdir()
+    machine.path("/srv-of-the-initramfs").mkdir()
+
+    boot = machine.boot(ACTIVE, agent)
+
+    check_linked(machine, boot, "/srv/home")
+
+
+def test_absolute_link_as_writable_path(machine: Machine, agent: Sequence[str]) -> None:
+    """/srv → /var/srv, as image-based systems have it."""
+    with machine.image() as root:
+        (root / "srv").rmdir()
+        (root / "var/srv").mkdir()
+        (root / "srv").symlink_to("/var/srv")
+
+    boot = machine.boot(ACTIVE, agent)
+
+    check_linked(machine, boot, "/var/srv")
+
+
+def check_linked(machine: Machine, boot: Boot, real: str) -> None:
+    """Check that what a link leads to is writable, inside the root, and that the boot goes on."""
+    assert boot.status == 0
+    assert boot.result["outcome"] == "ok"
+    assert all(
+        mount.target.startswith(("/sysroot", "/run/overlay", "/run/initramfs")) for mount in boot.mounts
+    )
+    machine.path(f"/sysroot{real}/mine").write_text("written")
+    machine.run("sh", GUARD)
+
+
+def test_link_to_nowhere(machine: Machine, agent: Sequence[str]) -> None:
+    with machine.image() as root:
+        (root / "opt").rmdir()
+        (root / "opt").symlink_to("/not/there")
+
+    boot = machine.boot(ACTIVE, agent)
+
+    assert (boot.status, boot.result["outcome"]) == (0, "degraded")
+    [reason] = boot.result["degraded"]
+    assert reason.startswith("/not/there: cannot overlay on /sysroot/not/there")
+    [lost] = [step["operation"] for step in boot.steps if step["outcome"] == "degraded"]
+    assert lost["why"].endswith("has /opt, a symlink to /not/there")
+    machine.run("sh", GUARD)
+
+
+def test_layout_that_is_a_link_out_of_the_image(machine: Machine, agent: Sequence[str]) -> None:
+    """It is read in the image; the initramfs's file of that name is somebody else's."""
+    with machine.image() as root:
+        (root / "etc/cos/cos-layout.env").symlink_to("/../../etc/other.env")
+        (root / "etc/other.env").write_text("RW_PATHS=/srv\n")
+
+    boot = machine.boot(ACTIVE, agent)
+
+    assert boot.status == 0
+    overlays = [mount.target for mount in boot.mounts if mount.fstype == "overlay"]
+    assert overlays == ["/sysroot/srv"]
+
+
+def test_without_udev_database(machine: Machine, agent: Sequence[str]) -> None:
+    shutil.rmtree(machine.path("/machine/udev/data"))
+
+    boot = machine.boot(f"{ACTIVE} rd.cos.timeout=1 rd.cos.oemtimeout=1", agent)
+
+    check_failed(machine, boot, 3, "cannot find a filesystem labelled 'COS_STATE'", "labels seen: none")
+
+
+def test_record_that_cannot_be_written(machine: Machine, agent: Sequence[str]) -> None:
+    """A boot without its record must not look like a good one."""
+    machine.path("/run/immucore").write_text("in the way")
+
+    boot = machine.boot(ACTIVE, agent)
+
+    assert boot.status == 70
+    assert "cannot write the record to /run/immucore: Not a directory" in boot.stderr
+    assert "Traceback" not in boot.stderr

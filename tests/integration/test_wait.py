@@ -1,0 +1,183 @@
+"""Waiting for devices: real uevents of a real loop device, and a udev database that is filled late."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from native import ACTIVE, Machine
+
+FIRST_MOUNT = "/run/initramfs/cos-state"
+
+
+def trigger(device: str) -> None:
+    """Let the kernel send an event about a device, as one that appears does."""
+    Path(f"/sys/class/block/{device[5:]}/uevent").write_text("change")
+
+
+def take_away(machine: Machine, name: str) -> Callable[..., None]:
+    """Hide a partition; return what brings it back, as udev would."""
+    record = machine.record(machine.part(name))
+    text = record.read_text()
+    record.unlink()
+
+    def bring_back(*, event: bool = True) -> None:
+        record.with_suffix(".new").write_text(text)
+        record.with_suffix(".new").rename(record)
+        if event:
+            trigger(machine.part(name))
+
+    return bring_back
+
+
+def wait_until_listening(machine: Machine, process: subprocess.Popen[str]) -> None:
+    """Wait until the agent has subscribed to uevents and sleeps."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        assert process.poll() is None
+        try:
+            directory = Path(f"/proc/{machine.agent_pid()}")
+            sockets = [os.readlink(link) for link in (directory / "fd").iterdir()]
+            asleep = "poll" in (directory / "wchan").read_text()
+        except OSError:
+            continue
+        if asleep and any(name.startswith("socket:") for name in sockets):
+            return
+        time.sleep(0.01)
+    raise TimeoutError("the agent does not wait")
+
+
+def test_finds_what_appears_by_its_event(machine: Machine, agent: Sequence[str]) -> None:
+    """It does not wait for the look that is made every second without an event."""
+    bring_back = take_away(machine, "state")
+    process = machine.start(ACTIVE, agent)
+    wait_until_listening(machine, process)
+    listening = time.monotonic()
+    time.sleep(1.3)  # one look has been made; the next is 0.7 s away
+    appeared = time.monotonic()
+    bring_back()
+
+    boot = machine.finish(process)
+
+    assert (boot.status, boot.result["outcome"]) == (0, "ok")
+    assert boot.steps[0]["operation"]["target"] == FIRST_MOUNT
+    assert 0 < boot.steps[0]["started_usec"] / 1e6 - appeared < 0.35
+    [wait] = boot.result["waits"]
+    assert wait["specs"] == ["LABEL=COS_STATE"]
+    assert wait["missing"] == []
+    assert wait["took_usec"] / 1e6 >= appeared - listening
+
+
+def test_finds_what_appears_without_an_event(machine: Machine, source: Sequence[str]) -> None:
+    """An event can be lost; then the next look finds it, a second later at the most."""
+    bring_back = take_away(machine, "state")
+    process = machine.start(ACTIVE, source)
+    wait_until_listening(machine, process)
+    appeared = time.monotonic()
+    bring_back(event=False)
+
+    boot = machine.finish(process)
+
+    assert boot.status == 0
+    assert boot.steps[0]["started_usec"] / 1e6 - appeared < 1.6
+
+
+def test_waits_for_volumes_as_for_the_root(machine: Machine, source: Sequence[str]) -> None:
+    """Both waits of a boot are in the record: of what root needs, and of what the layout asks for."""
+    back = [take_away(machine, name) for name in ("oem", "persistent")]
+    process = machine.start(ACTIVE, source)
+    for bring_back in back:
+        wait_until_listening(machine, process)
+        time.sleep(0.2)
+        bring_back()
+
+    boot = machine.finish(process)
+
+    assert (boot.status, boot.result["outcome"]) == (0, "ok")
+    assert [wait["specs"] for wait in boot.result["waits"]] == [
+        ["LABEL=COS_OEM"],
+        ["LABEL=COS_PERSISTENT"],
+    ]
+    assert [wait["missing"] for wait in boot.result["waits"]] == [[], []]
+
+
+def test_one_of_two_never_comes(machine: Machine, source: Sequence[str]) -> None:
+    """What is optional has its own deadline, and does not use up that of what is required."""
+    bring_back = take_away(machine, "state")
+    take_away(machine, "oem")
+    process = machine.start(f"{ACTIVE} rd.cos.oemtimeout=1", source)
+    threading.Timer(1.8, bring_back).start()
+
+    boot = machine.finish(process)
+
+    assert (boot.status, boot.result["outcome"]) == (0, "degraded")
+    [wait] = boot.result["waits"]
+    assert (wait["specs"], wait["missing"]) == (["LABEL=COS_STATE", "LABEL=COS_OEM"], ["LABEL=COS_OEM"])
+
+
+def test_the_time_counts_from_the_start_of_the_initramfs(machine: Machine, source: Sequence[str]) -> None:
+    """Seconds that other services took are not waited for once more."""
+    take_away(machine, "state")
+    machine.path("/machine/kmsg").write_text(
+        f"6,1,{int((time.monotonic() - 58) * 1e6)},-;Run /init as init process\n"
+    )
+
+    boot = machine.boot(f"{ACTIVE} rd.cos.timeout=60", source)
+
+    assert boot.status == 3
+    assert 0.5e6 < boot.result["waits"][0]["took_usec"] < 2.2e6
+
+
+def test_says_what_it_waits_for_every_ten_seconds(machine: Machine, source: Sequence[str]) -> None:
+    """Slow, because ten seconds are what it is about."""
+    bring_back = take_away(machine, "state")
+    process = machine.start(f"{ACTIVE} rd.cos.timeout=0", source)
+    threading.Timer(10.8, bring_back).start()
+
+    boot = machine.finish(process)
+
+    assert boot.status == 0
+    [line] = [line for line in boot.stderr.splitlines() if "waiting" in line]
+    assert line.startswith("<6>waiting for a filesystem labelled 'COS_STATE' (for ever); seen: ")
+    assert f"{machine.part('oem')} COS_OEM" in line
+    assert 10.5e6 < boot.result["waits"][0]["took_usec"] < 12e6
+
+
+def test_a_storm_of_events(machine: Machine, agent: Sequence[str]) -> None:
+    """More events than the socket holds while the agent is stopped: ENOBUFS is no error."""
+    bring_back = take_away(machine, "state")
+    process = machine.start(ACTIVE, agent)
+    wait_until_listening(machine, process)
+    pid = machine.agent_pid()
+    os.kill(pid, signal.SIGSTOP)
+    with Path(f"/sys/class/block/{machine.device[5:]}/uevent").open("wb", buffering=0) as uevent:
+        for number in range(200_000):
+            uevent.write(b"change")
+            if number % 2000 == 0 and dropped(pid):
+                break
+    drops = dropped(pid)
+    bring_back()
+    os.kill(pid, signal.SIGCONT)
+    process.send_signal(signal.SIGCONT)  # nsenter stops with what it runs
+
+    boot = machine.finish(process)
+
+    assert drops > 0, "the storm was too small to lose anything"
+    assert (boot.status, boot.result["outcome"]) == (0, "ok")
+    assert boot.result["waits"][0]["missing"] == []
+
+
+def dropped(pid: int) -> int:
+    """Count the events that a process's uevent sockets have lost (the last but one field of the table)."""
+    inodes = {
+        os.readlink(link)[8:-1]
+        for link in Path(f"/proc/{pid}/fd").iterdir()
+        if "socket" in os.readlink(link)
+    }
+    lines = [line.split() for line in Path("/proc/net/netlink").read_text().splitlines()[1:]]
+    return sum(int(fields[8]) for fields in lines if fields[9] in inodes)

@@ -1,0 +1,365 @@
+"""What the machine and its image look like: a udev database, mountinfo, superblocks, layouts, as files."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from immucore import observe
+from immucore.devices import Device
+from immucore.errors import LayoutError, MountError
+from immucore.image import Setting
+
+
+class Machine:
+    """A /sys/class/block and a /run/udev/data."""
+
+    def __init__(self, root: Path) -> None:
+        self.sysfs, self.udev, self._real = root / "class/block", root / "udev", root / "devices"
+        for directory in (self.sysfs, self.udev, self._real):
+            directory.mkdir(parents=True)
+
+    def add(
+        self, place: str, number: str, sectors: int, udev: str | None, *, partition: bool = False
+    ) -> None:
+        """Add the block device `place` (vda, or vda/vda1) as the kernel and udev show it."""
+        real = self._real / place
+        real.mkdir(parents=True)
+        (real / "dev").write_text(f"{number}\n")
+        (real / "size").write_text(f"{sectors}\n")
+        if partition:
+            (real / "partition").write_text("1\n")
+        (self.sysfs / real.name).symlink_to(real)
+        if udev is not None:
+            (self.udev / f"b{number}").write_text(udev)
+
+    def devices(self) -> list[Device]:
+        return list(observe.devices(str(self.sysfs), str(self.udev)).all)
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+PARTITION = """\
+S:disk/by-label/COS_STATE
+W:12
+I:1409321
+E:ID_FS_TYPE=ext4
+E:ID_FS_LABEL=COS_STATE
+E:ID_FS_LABEL_ENC=COS_STATE
+E:ID_FS_UUID=8d0e0c29-9a4e-4b0e-9c0e-0a3b1c1e5a11
+E:ID_FS_UUID_ENC=8d0e0c29-9a4e-4b0e-9c0e-0a3b1c1e5a11
+E:ID_PART_ENTRY_NAME=state
+E:ID_PART_ENTRY_UUID=5b3c7a55-7f3a-4f8e-8a15-0f9c2d4b6e77
+E:PARTN=4
+G:systemd
+"""
+
+
+def test_a_disk_and_a_partition(machine: Machine) -> None:
+    machine.add("vda", "254:0", 16777216, "E:ID_PART_TABLE_TYPE=gpt\n")
+    machine.add("vda/vda4", "254:4", 2048, PARTITION)
+    assert machine.devices() == [
+        Device(path="/dev/vda", disk="/dev/vda", size_bytes=8 << 30),
+        Device(
+            path="/dev/vda4",
+            fstype="ext4",
+            label="COS_STATE",
+            uuid="8d0e0c29-9a4e-4b0e-9c0e-0a3b1c1e5a11",
+            partlabel="state",
+            partuuid="5b3c7a55-7f3a-4f8e-8a15-0f9c2d4b6e77",
+            disk="/dev/vda",
+            size_bytes=1 << 20,
+        ),
+    ]
+
+
+def test_the_disk_of_a_partition_of_which_only_the_kernel_says_so(machine: Machine) -> None:
+    machine.add("nvme0n1/nvme0n1p1", "259:1", 2, "E:ID_FS_TYPE=ext4\n", partition=True)
+    (device,) = machine.devices()
+    assert (device.path, device.disk) == ("/dev/nvme0n1p1", "/dev/nvme0n1")
+
+
+def test_what_udev_has_not_looked_at_is_not_known_yet(machine: Machine) -> None:
+    machine.add("sda", "8:0", 2, None)
+    machine.add("sdb", "8:16", 2, "")
+    assert machine.devices() == []
+
+
+def test_a_mapping_goes_by_its_name(machine: Machine) -> None:
+    machine.add("dm-0", "253:0", 2, "E:DM_NAME=vg-data\nE:ID_FS_TYPE=xfs\nE:ID_FS_LABEL_ENC=DATA\n")
+    assert machine.devices() == [
+        Device(path="/dev/mapper/vg-data", fstype="xfs", label="DATA", disk="/dev/dm-0", size_bytes=1024)
+    ]
+
+
+def test_a_slash_in_a_name_is_an_exclamation_mark_in_sysfs(machine: Machine) -> None:
+    machine.add("cciss!c0d0", "104:0", 2, "E:ID_PART_TABLE_TYPE=dos\n")
+    assert [(each.path, each.disk) for each in machine.devices()] == [("/dev/cciss/c0d0", "/dev/cciss/c0d0")]
+
+
+def test_labels_are_decoded(machine: Machine) -> None:
+    machine.add(
+        "vdb",
+        "254:16",
+        2,
+        "E:ID_FS_LABEL=MY_DATA\nE:ID_FS_LABEL_ENC=MY\\x20DATA\nE:ID_PART_ENTRY_NAME=my\\x20part\nE:X\nE:Y=a=b\n",
+    )
+    (device,) = machine.devices()
+    assert (device.label, device.partlabel) == ("MY DATA", "my part")
+
+
+def test_a_device_that_goes_while_one_looks(machine: Machine) -> None:
+    """Sysfs lists it, and nothing is behind it any more: no reason to fail a boot that does not want it."""
+    (machine.sysfs / "sdc").symlink_to("/nowhere")
+    machine.add("vda", "254:0", 2, "E:ID_FS_TYPE=ext4\n")
+    assert [each.path for each in machine.devices()] == ["/dev/vda"]
+
+
+@pytest.mark.parametrize(
+    ("encoded", "text"),
+    [
+        ("", ""),
+        ("plain", "plain"),
+        ("a\\x20b", "a b"),
+        ("\\xc3\\xa4", "ä"),
+        ("\\x2fdev", "/dev"),
+        ("a\\x5cx20", "a\\x20"),
+        ("\\xzz", "\\xzz"),
+        ("\\xff", "\udcff"),
+    ],
+)
+def test_decode(encoded: str, text: str) -> None:
+    assert observe.decode(encoded) == text
+
+
+@given(text=st.text(max_size=12))
+def test_decode_undoes_udevs_encoding(text: str) -> None:
+    """Encoded as systemd does (encode_devnode_name()): ASCII that is not safe becomes hexadecimal."""
+    safe = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789#+-.:=@_"
+    encoded = "".join(c if c in safe or ord(c) > 127 else f"\\x{ord(c):02x}" for c in text)
+    assert observe.decode(encoded) == text
+
+
+@given(encoded=st.text("\\x0aG ", max_size=12))
+def test_decode_never_raises(encoded: str) -> None:
+    assert isinstance(observe.decode(encoded), str)
+
+
+MOUNTINFO = r"""
+22 27 0:20 / /sys rw,nosuid,nodev,noexec,relatime shared:7 - sysfs sysfs rw
+28 1 7:0 / /sysroot ro,relatime shared:1 - ext4 /dev/loop0 ro
+36 28 254:5 /.state/my\040home.bind /sysroot/my\040home rw,relatime shared:1 master:2 - ext4 /dev/vda5 rw
+37 28 0:40 / /sysroot/a\134b\043c\011d rw - overlay over\040lay rw,lowerdir=/x,upperdir=/y
+a line that is none
+"""
+
+
+def test_mounts(tmp_path: Path) -> None:
+    (tmp_path / "mountinfo").write_text(MOUNTINFO)
+    sys, root, bind, overlay = observe.mounts(str(tmp_path / "mountinfo"))
+    assert (sys.target, sys.fstype, sys.device) == ("/sys", "sysfs", "0:20")
+    assert (root.target, root.source, root.options, root.superblock_options) == (
+        "/sysroot",
+        "/dev/loop0",
+        "ro,relatime",
+        "ro",
+    )
+    assert (bind.target, bind.root, bind.device) == ("/sysroot/my home", "/.state/my home.bind", "254:5")
+    assert (overlay.target, overlay.source) == ("/sysroot/a\\b#c\td", "over lay")
+    assert overlay.superblock_options == "rw,lowerdir=/x,upperdir=/y"
+
+
+def test_this_machines_mounts() -> None:
+    assert "/" in [each.target for each in observe.mounts()]
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a directory to make images of."""
+    root = tmp_path_factory.mktemp("tree")
+    (root / "etc").mkdir()
+    (root / "etc/os-release").write_text("ID=test\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("command", "fstype"),
+    [
+        (["mke2fs", "-q", "-t", "ext2", "-d", "{tree}", "{image}", "1M"], "ext4"),
+        (["mke2fs", "-q", "-t", "ext3", "-d", "{tree}", "{image}", "4M"], "ext4"),
+        (["mke2fs", "-q", "-t", "ext4", "-d", "{tree}", "{image}", "1M"], "ext4"),
+        (["mksquashfs", "{tree}", "{image}", "-quiet", "-no-progress"], "squashfs"),
+        (["mkfs.erofs", "--quiet", "{image}", "{tree}"], "erofs"),
+    ],
+)
+def test_superblock(command: list[str], fstype: str, tree: Path, tmp_path: Path) -> None:
+    image = tmp_path / "an.image"
+    subprocess.run(
+        [word.format(tree=tree, image=image) for word in command], check=True, capture_output=True
+    )
+    assert observe.superblock(str(image)) == fstype
+
+
+def test_superblock_by_the_documented_magic(tmp_path: Path) -> None:
+    """Xfs begins with XFSB (xfs(5)), btrfs has its magic 64 bytes behind 64 KiB (btrfs' disk format)."""
+    (tmp_path / "xfs").write_bytes(b"XFSB" + bytes(4096))
+    (tmp_path / "btrfs").write_bytes(bytes(0x10000 + 0x40) + b"_BHRfS_M" + bytes(64))
+    assert observe.superblock(str(tmp_path / "xfs")) == "xfs"
+    assert observe.superblock(str(tmp_path / "btrfs")) == "btrfs"
+
+
+@pytest.mark.parametrize("content", [b"", b"hs", b"garbage" * 1000, bytes(2048)])
+def test_no_superblock(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(content)
+    assert observe.superblock(str(tmp_path / "image")) == ""
+
+
+def test_text(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"a\xffb")
+    assert observe.text(str(tmp_path / "a")) == "a\udcffb"
+    assert observe.text(str(tmp_path / "b")) == ""
+    assert observe.text(str(tmp_path / "b"), missing="x") == "x"
+    (tmp_path / "huge").write_bytes(b"x" * (observe.MAX_FILE_BYTES + 1))
+    assert len(observe.text(str(tmp_path / "huge"))) == observe.MAX_FILE_BYTES
+
+
+def write(path: Path, content: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+
+
+def look(root: Path, *, lenient: bool = False) -> observe.Image:
+    return observe.image(str(root), str(root / "run/cos"), lenient=lenient)
+
+
+def test_an_image_that_says_nothing(tmp_path: Path) -> None:
+    assert look(tmp_path) == observe.Image()
+
+
+def test_the_layouts_in_the_order_in_which_they_override(tmp_path: Path) -> None:
+    write(tmp_path / "etc/cos/cos-layout.env", "A=image\nB=image\n")
+    write(tmp_path / "oem/cos-layout.env", "B=oem\n")
+    write(tmp_path / "run/cos/extra-layout.env", "C=extra\n")
+    write(tmp_path / "run/cos/custom-layout.env", "D=custom\n")
+    assert look(tmp_path).settings == (
+        Setting(name="A", value="image", origin="/etc/cos/cos-layout.env"),
+        Setting(name="B", value="image", origin="/etc/cos/cos-layout.env"),
+        Setting(name="B", value="oem", origin="/oem/cos-layout.env"),
+        Setting(name="C", value="extra", origin="/run/cos/extra-layout.env", adds=True),
+        Setting(name="D", value="custom", origin="/run/cos/custom-layout.env", adds=True),
+    )
+
+
+@pytest.mark.parametrize("content", ["A=run\n", ""])
+def test_the_layout_of_run_replaces_the_images(tmp_path: Path, content: str) -> None:
+    write(tmp_path / "run/cos/cos-layout.env", content)
+    write(tmp_path / "etc/cos/cos-layout.env", "A=image\nB=image\n")
+    assert [each.value for each in look(tmp_path).settings] == (["run"] if content else [])
+
+
+def test_a_layout_that_cannot_be_read(tmp_path: Path) -> None:
+    write(tmp_path / "etc/cos/cos-layout.env", "A=1\n")
+    write(tmp_path / "oem/cos-layout.env", "nonsense\n")
+    with pytest.raises(LayoutError, match=r"cannot read line 1 of /oem/cos-layout\.env"):
+        look(tmp_path)
+
+
+def test_recovery_leaves_a_layout_out_that_cannot_be_read(tmp_path: Path) -> None:
+    write(tmp_path / "etc/cos/cos-layout.env", "A=1\n")
+    write(tmp_path / "oem/cos-layout.env", "nonsense\n")
+    image = look(tmp_path, lenient=True)
+    assert [each.name for each in image.settings] == ["A"]
+    assert image.warnings == (
+        "cannot read line 1 of /oem/cos-layout.env: 'nonsense' is not an assignment;"
+        " this boot goes on without it",
+    )
+
+
+def test_symlinks_stay_inside_the_image(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    write(root / "usr/share/layout.env", "A=inside\n")
+    write(tmp_path / "outside.env", "A=outside\n")
+    (root / "etc/cos").mkdir(parents=True)
+    (root / "oem").mkdir()
+    (root / "etc/cos/cos-layout.env").symlink_to("/usr/share/layout.env")
+    (root / "oem/cos-layout.env").symlink_to("../../outside.env")
+    assert [each.value for each in look(root).settings] == ["inside"]
+
+
+def test_a_symlink_to_nowhere_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/fstab").symlink_to("/nowhere")
+    assert look(tmp_path).fstab == ""
+
+
+@pytest.mark.parametrize("name", ["/etc/cos/cos-layout.env", "/oem/cos-layout.env"])
+def test_a_layout_that_the_disk_does_not_give(tmp_path: Path, name: str) -> None:
+    """A symlink to itself stands for every error of the kernel's."""
+    (tmp_path / name[1:]).parent.mkdir(parents=True)
+    (tmp_path / name[1:]).symlink_to(Path(name).name)
+    with pytest.raises(MountError) as caught:
+        look(tmp_path)
+    assert caught.value.message == f"cannot read '{name}': Too many levels of symbolic links"
+    assert caught.value.hint
+    assert look(tmp_path, lenient=True).warnings == (
+        f"{caught.value.message}; this boot goes on without it",
+    )
+
+
+def test_a_fifo_does_not_hold_up_the_boot(tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir()
+    os.mkfifo(tmp_path / "etc/fstab")
+    assert look(tmp_path).fstab == ""
+
+
+def test_the_images_fstab(tmp_path: Path) -> None:
+    write(tmp_path / "etc/fstab", "tmpfs /x tmpfs defaults 0 0\n")
+    assert look(tmp_path).fstab == "tmpfs /x tmpfs defaults 0 0\n"
+
+
+@pytest.mark.parametrize("where", ["etc", "usr/lib", "lib"])
+def test_the_image_mounts_tmp(tmp_path: Path, where: str) -> None:
+    wants = tmp_path / where / "systemd/system/local-fs.target.wants"
+    wants.mkdir(parents=True)
+    assert not look(tmp_path).mounts_tmp
+    (wants / "tmp.mount").symlink_to("/usr/lib/systemd/system/tmp.mount")
+    assert look(tmp_path).mounts_tmp
+
+
+@pytest.mark.parametrize(
+    ("link", "target", "path", "real"),
+    [
+        ("home", "/var/home", "/home", "/var/home"),
+        ("home", "var/home", "/home", "/var/home"),
+        ("home", "var/home", "/home/a/b", "/var/home/a/b"),
+        ("var/run", "../run", "/var/run/x", "/run/x"),
+        ("home", "../../../../var", "/home", "/var"),
+        ("home", "/", "/home", "/"),
+        ("home", "/nowhere", "/home/x", "/nowhere/x"),
+    ],
+)
+def test_links(tmp_path: Path, link: str, target: str, path: str, real: str) -> None:
+    (tmp_path / "var/home").mkdir(parents=True)
+    (tmp_path / link).symlink_to(target)
+    assert observe.links(str(tmp_path), [path, "/var/home", "/var/lib/x"]) == ((path, real),)
+
+
+def test_a_link_to_a_link(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("c/d")
+    (tmp_path / "c").symlink_to("/e")
+    assert observe.links(str(tmp_path), ["/a"]) == (("/a", "/e/d"),)
+
+
+def test_a_link_to_itself(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("a")
+    with pytest.raises(MountError, match="cannot use '/a': too many symlinks"):
+        observe.links(str(tmp_path), ["/a"])
