@@ -223,12 +223,16 @@ def test_no_superblock(content: bytes, tmp_path: Path) -> None:
 
 
 def test_text(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"a\xffb")
-    assert observe.text(str(tmp_path / "a")) == "a\udcffb"
-    assert observe.text(str(tmp_path / "b")) == ""
-    assert observe.text(str(tmp_path / "b"), missing="x") == "x"
-    (tmp_path / "huge").write_bytes(b"x" * (observe.MAX_FILE_BYTES + 1))
-    assert len(observe.text(str(tmp_path / "huge"))) == observe.MAX_FILE_BYTES
+    file = tmp_path / "file"
+    assert observe.text(str(file)) == ""
+    assert observe.text(str(file), missing="none") == "none"
+    file.write_bytes(b"a\xff\r\n")
+    assert observe.text(str(file)) == "a\udcff\r\n"
+    file.write_bytes(b"x" * (observe.MAX_FILE_BYTES + 5))
+    assert observe.text(str(file)) == "x" * observe.MAX_FILE_BYTES
+    with pytest.raises(IsADirectoryError) as failure:
+        observe.text(str(tmp_path))
+    assert failure.value.filename == str(tmp_path)
 
 
 def write(path: Path, content: str) -> None:
