@@ -7,10 +7,10 @@ import sys
 
 def main() -> int:
     """Run the subcommand that sys.argv names; the exit status is the one of contract §9."""
-    if sys.argv[1:2] == ["boot"]:
+    if sys.argv[1:] == ["boot"]:
         from immucore import boot
 
-        return boot.main(sys.argv[2:])
+        return boot.main()
     from immucore import cli  # argparse costs 7 ms, more than a third of a boot
 
     return cli.main(sys.argv[1:])

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 BUG = 70
 FSTAB = "/etc/fstab"
+INITRD_RELEASE = "/etc/initrd-release"  # what tells an initramfs from a system: os-release(5)
+REFUSAL = f"""\
+immucore: cannot boot a system that is running: there is no {INITRD_RELEASE}
+  hint: `immucore plan` lists what a boot does, and changes nothing
+"""
 OUR_FSTAB = f"{report.DIRECTORY}/fstab"
 
 
@@ -147,18 +152,17 @@ def _fstab(done: list[Operation], content: str, asked: Cmdline) -> Plan:
     )
 
 
-def main(arguments: list[str]) -> int:
+def main() -> int:
     """Run the boot; the exit status is that of contract §9. As PID 1 it never returns."""
+    if not os.path.exists(INITRD_RELEASE):
+        os.write(2, REFUSAL.encode())
+        return CmdlineError.exit_status
     os.umask(0o022)
     boot = Boot()
     error: ImmucoreError | None = None
     try:
         _signal.signal(_signal.SIGTERM, boot.interrupted)
         _signal.signal(_signal.SIGINT, boot.interrupted)
-        if arguments:
-            raise CmdlineError(
-                f"cannot boot with '{' '.join(arguments)}'", hint="immucore boot takes no arguments"
-            )
         boot.run()
     except ImmucoreError as failure:
         error = failure

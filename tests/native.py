@@ -50,9 +50,13 @@ for entry in /*; do
     [ -d "$entry" ] || continue
     mkdir "$base$entry"
     [ "$entry" != /proc ] || { mount -t proc proc "$base/proc"; continue; }
+    [ "$entry" != /etc ] || continue
     mount --bind "$entry" "$base$entry"
 done
-mkdir "$base/sysroot" "$base/run" "$base/machine" "$base/machine/udev"
+mkdir "$base/sysroot" "$base/run" "$base/machine"
+mkdir "$base/machine/udev" "$base/machine/etc" "$base/machine/work"
+mount -t overlay -o "lowerdir=/etc,upperdir=$base/machine/etc,workdir=$base/machine/work" etc "$base/etc"
+: >"$base/etc/initrd-release"
 mount -t tmpfs -o mode=0755 run "$base/run"
 mkdir "$base/run/udev"
 mount --bind "$base/machine/udev" "$base/run/udev"

@@ -589,7 +589,20 @@ def test_a_listed_directory_that_the_image_lacks(machine: Machine, agent: Sequen
 def test_arguments_are_refused(machine: Machine, agent: Sequence[str]) -> None:
     boot = machine.boot(ACTIVE, [*agent, "--really"])
 
-    check_failed(machine, boot, 2, "cannot boot with '--really'", "immucore boot takes no arguments")
+    assert boot.status == 2
+    assert "unrecognized arguments: --really" in boot.stderr
+    assert not machine.path("/run/immucore").exists()
+
+
+def test_running_system_is_not_booted(machine: Machine, agent: Sequence[str]) -> None:
+    machine.path("/etc/initrd-release").unlink()
+
+    boot = machine.boot(ACTIVE, agent)
+
+    assert boot.status == 2
+    assert "cannot boot a system that is running" in boot.stderr
+    assert "hint: `immucore plan`" in boot.stderr
+    assert not machine.path("/run/immucore").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
