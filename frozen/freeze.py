@@ -23,9 +23,24 @@ LIMIT_RAW_BYTES = 15 * 1024 * 1024
 LIMIT_COMPRESSED_BYTES = 5 * 1024 * 1024
 # Each costs milliseconds before a boot has done anything (README.md); branches that need one import it then.
 FORBIDDEN_AT_START = {
-    *("argparse", "asyncio", "contextlib", "dataclasses", "enum", "functools", "inspect", "json", "logging"),
+    *(
+        "argparse",
+        "asyncio",
+        "contextlib",
+        "ctypes",
+        "dataclasses",
+        "enum",
+        "functools",
+        "inspect",
+        "json",
+        "logging",
+    ),
     *("pathlib", "psutil", "pyroute2", "re", "socket", "subprocess", "typing", "zipfile"),
 }
+
+
+# PyInstaller's start-up code, which bootstrap.py replaces in part and relies on for the rest.
+LOADER_SHA256 = "20f43e39605c8548746a177a0c0942ccb7aeeb4a64be60d525a50f55419f841d"
 
 
 class FreezeError(Exception):
@@ -48,6 +63,7 @@ def main() -> int:
         print(f"{bundle}: up to date")
         return 0
     try:
+        check_loader()
         built = run_pyinstaller(program)
         check_exclusions(WORK / program)
         strip(built)
@@ -74,6 +90,23 @@ def hash_of_inputs() -> str:
         if path.suffix in {".py", ".spec", ".toml"}:
             digest.update(f"{path.relative_to(ROOT)} {path.stat().st_size}\n".encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def check_loader() -> None:
+    """Refuse a PyInstaller whose start-up code is not the one that bootstrap.py was written for."""
+    spec = importlib.util.find_spec("PyInstaller.loader")
+    if spec is None or spec.origin is None:
+        raise FreezeError("cannot find PyInstaller: pip install -e '.[freeze]'")
+    digest = hashlib.sha256()
+    for path in sorted(Path(spec.origin).parent.glob("*.py")):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
+    if digest.hexdigest() != LOADER_SHA256:
+        installed = importlib.metadata.version("pyinstaller")
+        raise FreezeError(
+            f"bootstrap.py was not written for PyInstaller {installed}, {Path(spec.origin).parent}\n"
+            "  hint: read what has changed there since the version in pyproject.toml, adapt bootstrap.py,\n"
+            f"  and set LOADER_SHA256 to {digest.hexdigest()}"
+        )
 
 
 def run_pyinstaller(program: str) -> Path:
