@@ -23,7 +23,7 @@ def healthy(report: Report, slot: str, image: str) -> None:
     assert "/sysroot" not in report.fstab
     assert report.messages("immucore", priority=4) == []
     assert report.messages("immucore.service", priority=4) == []
-    assert report.messages("immucore-guard.service", priority=4) == []
+    assert report.messages("initrd-switch-root.service", priority=4) == []
     assert not any("ordering cycle" in message for message in report.messages())
     assert report.result["outcome"] == "ok"
     assert report.result["mode_booted"] == slot

@@ -17,7 +17,9 @@ if [ -e "$_immucore/sysroot.mount" ]; then
         [ ! -e "$_script" ] || : > "$_script"
     done
     # Before udev starts: a loop device that appears while its file is being mounted is one that systemd takes for gone
-    # when it hears of it at last, and what is mounted from it with it. One process for both modules, too.
+    # when it hears of it at last, and what is mounted from it with it. One device is enough for now; udev would look at
+    # each of the usual eight. A max_loop= of the derivative's own is read later, and counts.
+    echo 'options loop max_loop=1' > /etc/modprobe.d/00-immucore.conf
     modprobe -q -a loop overlay
     unset _root _script
     root=immucore rootok=1 root_unset=

@@ -74,11 +74,11 @@ install() {
         sed -i "1s,.*,#!$dash," "$initdir$guard" "$initdir$generator"
     fi
     inst_hook cmdline 15 "$moddir/immucore-cmdline.sh"
+    inst_dir /etc/modprobe.d
 
     if dracut_module_included systemd; then
         inst_script "$moddir/immucore-unexplained" "$_bundle/immucore-unexplained" || exit 1
         inst_simple "$moddir/immucore.service" "$units/immucore.service" || exit 1
-        inst_simple "$moddir/immucore-guard.service" "$units/immucore-guard.service" || exit 1
     else
         inst_hook pre-mount 50 "$moddir/immucore-pre-mount.sh"
         inst_hook mount 50 "$moddir/immucore-mount.sh"

@@ -96,7 +96,8 @@ def test_takes_part_when_an_image_is_named(generate: Generate, line: str) -> Non
 
     both = "immucore.service sysroot.mount"
     assert files[WANTED] == f"[Unit]\nRequires={both}\nAfter={both}\n"
-    assert "Requires=immucore-guard.service" in files["initrd-switch-root.service.d/50-immucore.conf"]
+    guard = files["initrd-switch-root.service.d/50-immucore.conf"].splitlines()
+    assert guard[:2] == ["[Service]", "ExecStartPre=/usr/lib/immucore/immucore-guard"]
     assert "Requires=immucore.service\nAfter=immucore.service\n" in files["sysroot.mount"]
     assert "What=immucore\nWhere=/sysroot\nType=immucore\n" in files["sysroot.mount"]
     parse_etc = files["initrd-parse-etc.service.d/50-immucore.conf"]
