@@ -65,8 +65,7 @@ def _open_library(path: str) -> str | None:
     try:
         ctypes.CDLL(path, mode=os.RTLD_NOW)
     except OSError as error:
-        # PyInstaller wraps what the dynamic linker said in a text that hides it.
-        return f"cannot open '{path}': {error.__cause__ or error}"
+        return f"cannot open '{path}': {error}"
     return None
 
 

@@ -20,11 +20,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import coverage
+import psutil
 
 ROOT = Path(__file__).parents[1]
 BUNDLE = ROOT / "build/bundle"
@@ -376,14 +377,11 @@ class Machine:
 
     def agent_pid(self) -> int:
         """Find the process of a boot that was started, which is below nsenter, by its number on the host."""
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                if os.readlink(process / "root") == str(self.base) and int(process.name) != self.pid:
-                    words = (process / "cmdline").read_bytes().split(b"\0")
-                    if b"boot" in words and b"nsenter" not in words[0]:
-                        return int(process.name)
-            except OSError:
-                continue  # it has ended, or it is the kernel's
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                words = process.cmdline()
+                if "boot" in words and "nsenter" not in words[0]:
+                    return process.pid
         raise ProcessLookupError("no boot is running in this machine")
 
     def console(self) -> str:
