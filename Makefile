@@ -8,7 +8,6 @@ endif
 override SHELL := /bin/sh
 endif
 
-PREFIX ?= /usr
 DESTDIR ?=
 SLOT ?= active
 # The distribution's interpreter: the bundle has to fit the glibc of the systems it is installed on.
@@ -60,13 +59,13 @@ freeze: deps  ## build the frozen agent in build/bundle
 
 install:  ## put the frozen agent and its dracut module into DESTDIR
 	@test -x $(BUNDLE)/immucore || { echo "$(BUNDLE)/immucore is not there: run 'make freeze' first" >&2; exit 1; }
-	rm -rf $(DESTDIR)$(PREFIX)/lib/immucore $(DESTDIR)$(PREFIX)/lib/dracut/modules.d/50immucore
-	mkdir -p $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/immucore
-	cp -r --preserve=mode,links $(BUNDLE)/. $(DESTDIR)$(PREFIX)/lib/immucore
-	ln -sfn ../lib/immucore/immucore $(DESTDIR)$(PREFIX)/bin/immucore
-	install -D -t $(DESTDIR)$(PREFIX)/lib/dracut/modules.d/50immucore dracut-module/50immucore/*
-	chmod 644 $(DESTDIR)$(PREFIX)/lib/dracut/modules.d/50immucore/*.service
-	install -D -m 644 -t $(DESTDIR)$(PREFIX)/lib/dracut/dracut.conf.d dracut-module/50-immucore.conf
+	rm -rf "$(DESTDIR)/usr/lib/immucore" "$(DESTDIR)/usr/lib/dracut/modules.d/50immucore"
+	mkdir -p "$(DESTDIR)/usr/bin" "$(DESTDIR)/usr/lib/immucore"
+	cp -r --preserve=mode,links $(BUNDLE)/. "$(DESTDIR)/usr/lib/immucore"
+	ln -sfn ../lib/immucore/immucore "$(DESTDIR)/usr/bin/immucore"
+	install -D -t "$(DESTDIR)/usr/lib/dracut/modules.d/50immucore" dracut-module/50immucore/*
+	chmod 644 "$(DESTDIR)"/usr/lib/dracut/modules.d/50immucore/*.service
+	install -D -m 644 -t "$(DESTDIR)/usr/lib/dracut/dracut.conf.d" dracut-module/50-immucore.conf
 
 images: deps freeze  ## build the test derivatives: root trees, initramfs images, slot images
 	$(BIN)/python vm-tests/derivative.py

@@ -9,7 +9,7 @@ import time
 
 from immucore import cmdline, fstab, layouts, linux, log, observe, report
 from immucore.devices import Devices
-from immucore.errors import CmdlineError, ImmucoreError, Interrupted, MountError
+from immucore.errors import CmdlineError, ImmucoreError, Interrupted, LayoutError, MountError
 from immucore.execute import SUCCEEDED, Step, execute
 from immucore.plan import SYSROOT, Bind, Operation, Overlay, Plan, WriteFile
 
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
     from immucore.cmdline import Cmdline
     from immucore.devices import Wanted
+    from immucore.image import Image
 
 BUG = 70
 FSTAB = "/etc/fstab"
+DEGRADED = "/run/cos/degraded"
 INITRD_RELEASE = "/etc/initrd-release"  # what tells an initramfs from a system: os-release(5)
 REFUSAL = f"""\
 immucore: cannot boot a system that is running: there is no {INITRD_RELEASE}
@@ -74,7 +76,13 @@ class Boot:
             self.log.info("nothing to do: the kernel command line names no image (cos-img/filename=)")
             return
         layout = layouts.select(self.cmdline)
-        self.mode = layout.mode(self.cmdline)
+        try:
+            self.mode = layout.mode(self.cmdline)
+        except CmdlineError as error:
+            if not self.cmdline.bystander:
+                raise
+            self.log.warning(f"{error.message}: the agent is switched off, and no mode is written")
+            return
         if self.cmdline.engaged:
             self._mount(layout, self.cmdline)
         self._do(layout.sentinels(self.cmdline))
@@ -82,12 +90,12 @@ class Boot:
     def _mount(self, layout: ModuleType, asked: Cmdline) -> None:
         devices = self._devices(layout.root_devices(asked))
         self._do(layout.root(asked, devices))
-        image = observe.image(SYSROOT, lenient=self.mode == "recovery")
-        image = image.replace(links=observe.links(SYSROOT, layout.listed_paths(asked, image)))
+        image = image_of(layout, asked, SYSROOT)
         devices = self._devices(layout.state_devices(asked, image))
         self._do(layout.state(asked, devices, image))
         done = [step.operation for step in self.record if step.outcome in SUCCEEDED]
-        self._do(_fstab(done, fstab.render(done, image.fstab), asked))
+        # Read once more: where /etc is persistent, the user's lines are in what is there now.
+        self._do(_fstab(done, fstab.render(done, observe.image_fstab(SYSROOT)), asked))
 
     def _devices(self, wanted: tuple[Wanted, ...]) -> Devices:
         """Return a look at the devices that shows the wanted ones; waits for what is missing."""
@@ -132,6 +140,22 @@ class Boot:
                     self.log.debug(f"hint: {step.hint}")
 
 
+def image_of(layout: ModuleType, asked: Cmdline, root: str, run: str = observe.RUN) -> Image:
+    """Look at what the image at `root` says. Raises LayoutError and MountError, but hardly in recovery."""
+    lenient = layout.lenient(asked)
+    image = observe.image(root, run=run, lenient=lenient)
+    try:
+        paths = layout.listed_paths(asked, image)
+    except LayoutError as error:
+        if not lenient:
+            raise
+        warning = f"{error.message}; this boot goes on with the default layout"
+        image = image.replace(settings=(), warnings=(*image.warnings, warning))
+        paths = layout.listed_paths(asked, image)
+    whole: Image = image.replace(links=observe.links(root, paths))
+    return whole
+
+
 def _fstab(done: list[Operation], content: str, asked: Cmdline) -> Plan:
     """Put fstab into the new root; where /etc cannot be written, bind a file of /run over the image's."""
     target, why = SYSROOT + FSTAB, "the booted system has to know what is mounted"
@@ -168,7 +192,7 @@ def main() -> int:
         error = failure
     except OSError as failure:
         error = MountError(
-            f"cannot read or write '{failure.filename}': {failure.strerror}",
+            f"cannot use '{failure.filename or 'the machine'}': {failure.strerror}",
             hint="look at what the kernel says: dmesg | tail",
         )
     except Exception as failure:  # noqa: BLE001  a bug too has to be told in one sentence, without a traceback
@@ -192,43 +216,20 @@ def _bug(boot_log: log.Log, failure: Exception) -> ImmucoreError:
 def _finish(boot: Boot, error: ImmucoreError | None) -> int:
     """Write the record, tell the outcome, and return the exit status."""
     reasons = report.degraded(boot.record)
-    outcome = "failed" if error else "degraded" if reasons else "ok"
     status = error.exit_status if error else 0
-    ended_usec = time.monotonic_ns() // 1000
-    if error:
-        failing = boot.record[-1] if boot.record and boot.record[-1].outcome == "failed" else None
-        boot.log.error(report.summary(error, failing))
-    elif boot.cmdline.engaged:
-        took_ms = (ended_usec - boot.started_usec) // 1000
-        mounted = f"{boot.mode} booted from {boot.cmdline.image} in {took_ms} ms"
-        boot.log.write(
-            log.WARNING if reasons else log.INFO,
-            f"{mounted}, degraded: {'; '.join(reasons)}" if reasons else mounted,
-        )
-    result = report.result(
-        outcome=outcome,
-        exit_status=status,
-        mode=boot.mode,
-        error=error,
-        record=boot.record,
-        waits=boot.waits,
-        started_usec=boot.started_usec,
-        ended_usec=ended_usec,
-    )
-    if boot.cmdline.debug:
-        boot.log.debug("mountinfo:\n" + observe.text("/proc/self/mountinfo"))
+    _tell(boot, error, reasons)
     try:
-        files = {
-            "plan.json": report.json(report.plan(boot.plan)) + "\n",
-            "steps.json": report.json(report.steps(boot.record)) + "\n",
-            "mounts": report.mount_points(boot.record, boot.kernel.path),
-            "immucore.log": "".join(f"{line}\n" for line in boot.log.lines),
-            "result.json": report.json(result) + "\n",  # last: it says that the rest is complete
-        }
-        for name, content in files.items():
-            boot.kernel.write_file(f"{report.DIRECTORY}/{name}", content)
-        if reasons:
-            boot.kernel.write_file("/run/cos/degraded", "".join(f"{reason}\n" for reason in reasons))
+        result = report.result(
+            outcome="failed" if error else "degraded" if reasons else "ok",
+            exit_status=status,
+            mode=boot.mode,
+            error=error,
+            record=boot.record,
+            waits=boot.waits,
+            started_usec=boot.started_usec,
+            ended_usec=time.monotonic_ns() // 1000,
+        )
+        _write(boot, result, reasons)
     except OSError as failure:
         boot.log.error(f"cannot write the record to {report.DIRECTORY}: {failure.strerror}")
         status = status or BUG
@@ -237,3 +238,38 @@ def _finish(boot: Boot, error: ImmucoreError | None) -> int:
     elif reasons:
         report.to_consoles("immucore: this boot is degraded: " + "; ".join(reasons))
     return status
+
+
+def _tell(boot: Boot, error: ImmucoreError | None, reasons: list[str]) -> None:
+    """Log the outcome, and after a failure, or for debugging, what it was met with."""
+    if error:
+        failing = boot.record[-1] if boot.record and boot.record[-1].outcome == "failed" else None
+        boot.log.error(report.summary(error, failing))
+        for device in boot.devices.all:
+            boot.log.debug(f"device: {device}")
+    elif boot.cmdline.engaged:
+        took_ms = (time.monotonic_ns() // 1000 - boot.started_usec) // 1000
+        mounted = f"{boot.mode} booted from {boot.cmdline.image} in {took_ms} ms"
+        boot.log.write(
+            log.WARNING if reasons else log.INFO,
+            f"{mounted}, degraded: {'; '.join(reasons)}" if reasons else mounted,
+        )
+    if error or boot.cmdline.debug:
+        boot.log.debug("mountinfo:\n" + observe.text("/proc/self/mountinfo"))
+
+
+def _write(boot: Boot, result: dict[str, object], reasons: list[str]) -> None:
+    """Write the record; its last file says that the others are complete. Raises OSError."""
+    files = {
+        "plan.json": report.json(report.plan(boot.plan)) + "\n",
+        "steps.json": report.json(report.steps(boot.record)) + "\n",
+        "mounts": report.mount_points(boot.record, boot.kernel.path, observe.mounts()),
+        "immucore.log": "".join(f"{line}\n" for line in boot.log.lines),
+        "result.json": report.json(result) + "\n",
+    }
+    for name, content in files.items():
+        boot.kernel.write_file(f"{report.DIRECTORY}/{name}", content)
+    if reasons:
+        boot.kernel.write_file(DEGRADED, "".join(f"{reason}\n" for reason in reasons))
+    else:
+        boot.kernel.remove_file(DEGRADED)

@@ -10,9 +10,10 @@ import sys
 from typing import TYPE_CHECKING
 
 from immucore import __version__, cmdline, layouts, observe, report
+from immucore.boot import INITRD_RELEASE, image_of
 from immucore.devices import Device, Devices
 from immucore.errors import CmdlineError, ImmucoreError
-from immucore.plan import Plan, as_booted, is_below
+from immucore.plan import SYSROOT, Plan, as_booted, is_below
 from immucore.self_test import self_test
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def devices_from(text: str, name: str) -> Devices:
     return Devices(all=tuple(found))
 
 
-def planned(asked: cmdline.Cmdline, devices: Devices, root: str) -> Plan:
+def planned(asked: cmdline.Cmdline, devices: Devices, root: str, run: str) -> Plan:
     """Plan the boot that `asked` describes, with the layout of the system at `root`.
 
     Raises ImmucoreError.
@@ -64,9 +65,7 @@ def planned(asked: cmdline.Cmdline, devices: Devices, root: str) -> Plan:
             warnings=asked.warnings,
         )
     layout = layouts.select(asked)
-    lenient = layout.mode(asked) == "recovery"
-    image = observe.image(root, run=os.path.join(root, "run/cos"), lenient=lenient)
-    image = image.replace(links=observe.links(root, layout.listed_paths(asked, image)))
+    image = image_of(layout, asked, root, run)
     whole: Plan = layout.root(asked, devices) + layout.state(asked, devices, image) + layout.sentinels(asked)
     return whole
 
@@ -79,7 +78,9 @@ def _sources(arguments: argparse.Namespace) -> Plan:
             devices = devices_from(file.read(), arguments.devices)
     else:
         devices = observe.devices()
-    return planned(asked, devices, arguments.root)
+    if arguments.root:
+        return planned(asked, devices, arguments.root, os.path.join(arguments.root, "run/cos"))
+    return planned(asked, devices, SYSROOT if os.path.exists(INITRD_RELEASE) else "/", observe.RUN)
 
 
 def _plan(arguments: argparse.Namespace) -> int:

@@ -10,7 +10,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 # What carries something else inside: never mounted itself, whatever label it shows (ID_FS_TYPE of udev).
-MEMBERS = ("crypto_LUKS", "LVM2_member", "linux_raid_member", "mpath_member", "bcache", "zfs_member", "drbd")
+MEMBERS = (
+    *("crypto_LUKS", "LVM2_member", "linux_raid_member", "mpath_member", "bcache", "zfs_member", "drbd"),
+    *("isw_raid_member", "ddf_raid_member"),
+)
 _NAMES = {
     "LABEL": ("label", "a filesystem labelled"),
     "UUID": ("uuid", "a filesystem with the UUID"),
@@ -24,6 +27,7 @@ class Device(Record):
     """A whole disk, partition, mapping or array; empty where udev knows nothing."""
 
     path: str  # /dev/…
+    links: tuple[str, ...] = ()  # its other names, such as /dev/disk/by-id/…
     fstype: str = ""
     label: str = ""
     uuid: str = ""
@@ -60,7 +64,10 @@ class Devices(Record):
         return tuple(
             device
             for device in self.all
-            if (getattr(device, field).lower() if fold else getattr(device, field)) == wanted
+            if (
+                (getattr(device, field).lower() if fold else getattr(device, field)) == wanted
+                or (kind == "" and wanted in device.links)
+            )
             and device.fstype not in MEMBERS
         )
 

@@ -79,7 +79,8 @@ def execute(plan: Plan, kernel: Kernel, record: list[Step]) -> None:
         failure: ImmucoreError | None = None
         below = next((path for path in lost for need in operation.needs if is_below(need, path)), None)
         if below is not None:
-            outcome, failure = "skipped", ImmucoreError(f"{below} is not there")
+            outcome = "skipped"
+            failure = MountError(f"cannot {operation}: {as_booted(below)} is not there", hint=BELOW)
         else:
             try:
                 outcome = _call(operation, kernel)
@@ -88,10 +89,9 @@ def execute(plan: Plan, kernel: Kernel, record: list[Step]) -> None:
             except ImmucoreError as error:
                 failure = error
             if failure is not None:
-                fatal = operation.criticality == REQUIRED or isinstance(failure, Interrupted)
-                outcome = (
-                    "failed" if fatal else "degraded" if operation.criticality == IMPORTANT else "ignored"
-                )
+                outcome = "degraded" if operation.criticality == IMPORTANT else "ignored"
+        if failure is not None and (operation.criticality == REQUIRED or isinstance(failure, Interrupted)):
+            outcome = "failed"
         step = Step(
             operation=operation,
             outcome=outcome,
@@ -135,6 +135,7 @@ def _explained(operation: Operation, error: OSError) -> MountError:
     )
 
 
+BELOW = "see the step before it that failed"
 HINTS = {
     errno.EROFS: "create {target} in the image, or list its parent in RW_PATHS",
     errno.ENOSPC: "free space on the file system that holds it",

@@ -39,7 +39,9 @@ def of_image(text: str) -> str:
 
 def _mounts(line: str, targets: set[str]) -> bool:
     fields = line.split()
-    return len(fields) > 1 and not line.startswith("#") and unescape(fields[1]) in targets
+    return (
+        len(fields) > 1 and not line.startswith("#") and (unescape(fields[1]).rstrip("/") or "/") in targets
+    )
 
 
 def _of_root(line: str) -> bool:

@@ -137,6 +137,11 @@ class Kernel:
         os.makedirs(f"{base}/work", 0o700, exist_ok=True)
         data = ",".join(f"{key}={path}" for key, path in paths)
         syscalls.mount("overlay", where, "overlay", 0, f"{data},index=off,metacopy=off")
+        if os.statvfs(where).f_flag & os.ST_RDONLY:  # overlayfs then only tells the kernel's log
+            raise MountError(
+                f"cannot write to the overlay on '{target}': nothing can be made in '{base}/work'",
+                hint=f"free space or inodes on the file system that holds {backing}",
+            )
         return DONE
 
     def seed(self, source: str, target: str) -> str:
@@ -155,7 +160,7 @@ class Kernel:
         """Write `content` to `target` (mode 0644), replacing what was there in one step."""
         parent, _, name = target.rpartition("/")
         where = f"{self.directory(parent)}/{name}"
-        if observe.text(where) == content and os.path.isfile(where) and not os.path.islink(where):
+        if os.path.isfile(where) and not os.path.islink(where) and observe.text(where) == content:
             return PRESENT
         descriptor = os.open(
             f"{where}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644
@@ -163,6 +168,14 @@ class Kernel:
         with open(descriptor, "wb") as file:
             file.write(content.encode("utf-8", "surrogateescape"))
         os.rename(f"{where}.new", where)
+        return DONE
+
+    def remove_file(self, path: str) -> str:
+        """Remove a file, if it is there."""
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            return PRESENT
         return DONE
 
     def path(self, path: str) -> str:

@@ -48,35 +48,37 @@ def devices(sysfs: str = "/sys/class/block", udev: str = UDEV) -> Devices:
     """
     found = []
     for name in sorted(os.listdir(sysfs)):
-        directory = f"{sysfs}/{name}"
-        number = text(f"{directory}/dev").strip()
-        record = text(f"{udev}/b{number}")
-        if not record:
-            continue
-        properties = dict(
-            line[2:].split("=", 1) for line in record.splitlines() if line.startswith("E:") and "=" in line
-        )
-        disk = name
-        if "PARTN" in properties or os.path.exists(f"{directory}/partition"):
-            try:
-                disk = os.readlink(directory).split("/")[-2]  # ../../devices/.../vda/vda1
-            except FileNotFoundError:  # it has gone while we look
-                continue
-        found.append(_device(name, disk, properties, text(f"{directory}/size")))
+        try:
+            record = text(f"{udev}/b{text(f'{sysfs}/{name}/dev').strip()}")
+            if record:
+                found.append(_device(f"{sysfs}/{name}", record))
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
     return Devices(all=tuple(found))
 
 
-def _device(name: str, disk: str, properties: dict[str, str], sectors: str) -> Device:
+_GONE = (errno.ENOENT, errno.ENODEV, errno.ENXIO)  # what sysfs says of a device that leaves while we look
+
+
+def _device(directory: str, record: str) -> Device:
+    lines = record.splitlines()
+    properties = dict(line[2:].split("=", 1) for line in lines if line.startswith("E:") and "=" in line)
+    name = directory.rpartition("/")[2]
+    disk = name
+    if "PARTN" in properties or os.path.exists(f"{directory}/partition"):
+        disk = os.readlink(directory).split("/")[-2]  # ../../devices/.../vda/vda1
     mapped = properties.get("DM_NAME", "")
     return Device(
         path=f"/dev/mapper/{mapped}" if mapped else "/dev/" + name.replace("!", "/"),
+        links=tuple(f"/dev/{line[2:]}" for line in lines if line.startswith("S:")),
         fstype=properties.get("ID_FS_TYPE", ""),
         label=decode(properties.get("ID_FS_LABEL_ENC", "")),
         uuid=decode(properties.get("ID_FS_UUID_ENC", "")),
         partlabel=decode(properties.get("ID_PART_ENTRY_NAME", "")),
         partuuid=properties.get("ID_PART_ENTRY_UUID", ""),
         disk="/dev/" + disk.replace("!", "/"),
-        size_bytes=int(sectors or 0) * 512,
+        size_bytes=int(text(f"{directory}/size") or 0) * 512,
     )
 
 
@@ -178,10 +180,19 @@ def image(root: str, run: str = RUN, *, lenient: bool = False) -> Image:
         read(f"{RUN}/custom-layout.env", adds=True)
         return Image(
             settings=tuple(settings),
-            fstab=of_image(_root_file(directory, "/etc/fstab") or ""),
+            fstab=image_fstab(root),
             mounts_tmp=any(_exists(directory, path) for path in TMP_MOUNT),
             warnings=tuple(warnings),
         )
+    finally:
+        os.close(directory)
+
+
+def image_fstab(root: str) -> str:
+    """Read the lines of the fstab at `root` that are not ours: the image's, and what the user has added."""
+    directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return of_image(_root_file(directory, "/etc/fstab") or "")
     finally:
         os.close(directory)
 

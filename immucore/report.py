@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from immucore.errors import ImmucoreError
     from immucore.execute import Step
+    from immucore.observe import MountPoint
     from immucore.plan import Operation, Plan
 
 DIRECTORY = "/run/immucore"
@@ -123,17 +124,18 @@ def result(
     }
 
 
-def mount_points(record: list[Step], real: Callable[[str], str]) -> str:
-    """List what has to be mounted still at the switch to the new root, for the guard.
+def mount_points(record: list[Step], real: Callable[[str], str], table: tuple[MountPoint, ...]) -> str:
+    """List what has to be mounted still at the switch to the new root, for the guard: `major:minor path`.
 
-    `real` takes the symlinks out of a path, so that a line is what the fifth field of mountinfo is.
+    `real` takes the symlinks out of a path; it stands there as in the fifth field of mountinfo.
     """
-    targets = {
-        real(step.operation.target)
-        for step in record
-        if isinstance(step.operation, Mount | Loop | Bind | Overlay) and step.outcome in SUCCEEDED
-    }
-    return "".join(f"{escape(each).replace('#', HASH)}\n" for each in sorted(targets))
+    devices = {mount.target: mount.device for mount in table}
+    lines = set()
+    for step in record:
+        if isinstance(step.operation, Mount | Loop | Bind | Overlay) and step.outcome in SUCCEEDED:
+            target = real(step.operation.target)
+            lines.add(f"{devices.get(target, 'gone')} {escape(target).replace('#', HASH)}\n")
+    return "".join(sorted(lines))
 
 
 def summary(error: ImmucoreError, step: Step | None) -> str:

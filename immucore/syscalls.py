@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import _ctypes
+import errno
 import os
 import struct
 
 RESOLVE_IN_ROOT = 0x10  # openat2(2)
+ATTEMPTS = 1000  # of openat2: EAGAIN where something was renamed, anywhere, while it looked at a `..`
 MS = {
     "ro": 1,
     "nosuid": 2,
@@ -47,24 +49,27 @@ def mount(source: str, target: str, fstype: str, flags: int, data: str) -> None:
     """Mount a file system, in the words of the manual page."""
     arguments = [os.fsencode(text) for text in (source, target, fstype, data)]
     if _mount(arguments[0], arguments[1], arguments[2], _Long(flags), arguments[3]) < 0:
-        _fail(target)
+        raise _error(target)
 
 
 def openat2(directory: int, path: str, flags: int, resolve: int = RESOLVE_IN_ROOT) -> int:
     """Open `path` below `directory`, by default as if that were the root: no symlink, no `..` leads out."""
     how = struct.pack("=QQQ", flags | os.O_CLOEXEC, 0, resolve)  # struct open_how: flags, mode, resolve
-    descriptor: int = _syscall(_Long(_NR_OPENAT2), directory, os.fsencode(path), how, _Long(len(how)))
-    if descriptor < 0:
-        _fail(path)
-    return descriptor
+    for _attempt in range(ATTEMPTS):
+        descriptor = _syscall(_Long(_NR_OPENAT2), directory, os.fsencode(path), how, _Long(len(how)))
+        if descriptor >= 0:
+            return int(descriptor)
+        if _ctypes.get_errno() != errno.EAGAIN:
+            break
+    raise _error(path)
 
 
 def syncfs(descriptor: int) -> None:
     """Write out the file system that `descriptor` is on."""
     if _syncfs(descriptor) < 0:
-        _fail("")
+        raise _error("")
 
 
-def _fail(path: str) -> None:
+def _error(path: str) -> OSError:
     number = _ctypes.get_errno()
-    raise OSError(number, os.strerror(number), path)
+    return OSError(number, os.strerror(number), path)

@@ -41,7 +41,8 @@ def for_devices(wanted: tuple[Wanted, ...], log: Log) -> Devices:
     started = time.monotonic()
     origin = initramfs_start(started)
     told = -SAY_SEC  # the first time at once
-    deadlines = {each: origin + each.timeout_sec if each.timeout_sec else float("inf") for each in wanted}
+    # However late it is, udev gets the time to look at the disk that has brought us here.
+    deadlines = {each: _deadline(each, origin, started) for each in wanted}
     events = UeventSocket()
     events.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, RCVBUF_BYTES)
     events.bind(groups=MONITOR_GROUP_KERNEL | MONITOR_GROUP_UDEV)
@@ -67,6 +68,12 @@ def for_devices(wanted: tuple[Wanted, ...], log: Log) -> Devices:
             _drain(events)
     finally:
         events.close()
+
+
+def _deadline(each: Wanted, origin: float, now: float) -> float:
+    if not each.timeout_sec:
+        return float("inf")
+    return max(origin + each.timeout_sec, now + min(SETTLE_SEC, each.timeout_sec))
 
 
 def initramfs_start(now: float) -> float:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import derivative
 import expect
-from disk import Disk
-from machine import Machine
+import pytest
+from disk import Disk, Partition, make_disk
+from machine import Guest, Machine
 
 KILL = """\
 [Unit]
@@ -253,9 +256,45 @@ def test_unsupported_key_is_named(machine: Callable[..., Machine], disk: Disk) -
     assert "'rd.cos.wrong=1' on the kernel command line is not a key of immucore" in warnings
 
 
-def test_self_test_passes_in_the_initramfs(disk: Disk) -> None:
+def test_boot_goes_on_after_a_repair(work: Path, cos_disk: Callable[..., Disk]) -> None:
+    """The emergency shell of an ordinary initramfs: what was missing is plugged in, and `exit` is typed."""
+    disk = cos_disk(without=("persistent",))
+    volume = Partition("persistent", "COS_PERSISTENT", 16)
+    missing = make_disk(work / "missing.raw", disk.suite, (volume,))
+    broken = Machine(disk, f"{expect.ACTIVE} rd.cos.timeout=8", work=work)
+    arguments = [*broken.arguments(derivative.initramfs(disk.suite), broken.cmdline), "-accel", "tcg"]
+    arguments += ["-device", "pcie-root-port,id=port0,chassis=1"]
+    ask = "echo root=$(stat -f -c %T /) mode=$(cat /run/cos/active_mode) $(findmnt -no SOURCE /usr/local)\n"
+
+    with Guest(work / "console.1", arguments) as guest:
+        guest.run(
+            120,
+            [
+                ("The boot stops here", lambda it: it.plug(missing.path, "missing")),
+                (r"sh-5|:/root#|:/#", lambda it: it.type("exit\n")),
+                ("login: root", lambda it: it.type(ask)),
+                (r"root=\S+ mode=1 /dev/vd", lambda it: it.cut_power()),
+            ],
+        )
+
+    assert "cannot find a filesystem labelled 'COS_PERSISTENT'" in guest.console
+    assert re.search(r"^root=ext2/ext3 mode=1 /dev/vdb1", guest.console, re.MULTILINE)
+
+
+def test_disabled_agent_that_fails_stops_nobody(machine: Callable[..., Machine], plain_disk: Disk) -> None:
+    broken = {"usr/lib/immucore/_internal/libpython3.11.so.1.0": "not a library"}
+    cmdline = "root=PARTLABEL=root rw quiet cos-img/filename=/x.img rd.cos.disable"
+
+    report = machine(plain_disk, cmdline, initramfs_files=broken).boot(limit_s=90)
+
+    assert (report.stage, report.state) == ("system", "running")
+
+
+@pytest.mark.parametrize(
+    ("suite", "variant"), [("bookworm", "systemd"), ("bookworm", "shell"), ("trixie", "systemd")]
+)
+def test_self_test_passes_in_the_initramfs(suite: str, variant: str) -> None:
     """Every module imports and every library opens, with nothing but what dracut put there."""
-    for suite in ("bookworm",):
-        unpacked = derivative.unpacked(suite)
-        for arguments in (["self-test"], ["--version"]):
-            derivative.run("chroot", unpacked, "/usr/lib/immucore/immucore", *arguments)
+    unpacked = derivative.unpacked(suite, variant)
+    for argument in ("self-test", "--version"):
+        derivative.run("chroot", unpacked, "/usr/lib/immucore/immucore", argument)

@@ -534,7 +534,7 @@ def test_what_lies_below_a_lost_path_is_skipped(tmp_path: Path, name: str, kind:
         if kind is Overlay
         else Mount(source="x", target=target, fstype="tmpfs", why="test", criticality="optional")
     )
-    below = Mount(source="y", target=f"{target}/below", fstype="tmpfs", why="test")
+    below = Mount(source="y", target=f"{target}/below", fstype="tmpfs", why="test", criticality="important")
     beside = Mount(source="z", target=f"{target}-beside", fstype="tmpfs", why="test")
     record: list[Step] = []
 

@@ -9,28 +9,33 @@ from pathlib import Path
 import pytest
 
 GUARD = Path(__file__).parents[2] / "dracut-module/50immucore/immucore-guard"
-Guard = Callable[[str | None, str | None], tuple[int, str]]
+Guard = Callable[..., tuple[int, str]]
 GOOD = '{"schema":1,"outcome":"ok","mode":"active"}\n'
 NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
-MOUNTS = "/run/a\\040b\n/run/immucore\n"
+MOUNTS = "@ /run/a\\040b\n@ /run/immucore\n"  # @: the device that is mounted there
+DEVICES = """NR == FNR { device[$5] = $3; next } $1 == "@" { $1 = device[$2] } { print }"""
 
 
 @pytest.fixture(params=["dash", "bash"])
 def guard(request: pytest.FixtureRequest, tmp_path: Path) -> Guard:
     """Run the guard over these two files (None: absent); return its exit status and what it said."""
 
-    def run(result: str | None, mounts: str | None) -> tuple[int, str]:
+    def run(result: str | None, mounts: str | None, over: str = "") -> tuple[int, str]:
         source = tmp_path / "immucore"
         source.mkdir()
         for name, text in (("result.json", result), ("mounts", mounts)):
             if text is not None:
                 (source / name).write_text(text)
         script = (
-            'mount -t tmpfs none /run && mkdir /run/immucore "/run/a b" && mount -t tmpfs none "/run/a b" '
-            '&& mount --bind "$1" /run/immucore && exec "$2" "$3"'
+            "set -e; mount -t tmpfs none /run; "
+            'mkdir /run/immucore "/run/a b"; mount -t tmpfs none "/run/a b"; '
+            'mount --bind "$1" /run/immucore; [ ! -e "$1/mounts" ] || '
+            '{ awk "$4" /proc/self/mountinfo "$1/mounts" > "$1/new"; mv "$1/new" "$1/mounts"; }; '
+            '[ -z "$5" ] || mount -t tmpfs none "$5"; exec "$2" "$3"'
         )
+        words = [str(source), request.param, str(GUARD), DEVICES, over]
         done = subprocess.run(
-            [*NAMESPACE, "sh", "-c", script, "sh", str(source), request.param, str(GUARD)],
+            [*NAMESPACE, "sh", "-c", script, "sh", *words],
             capture_output=True,
             text=True,
             check=False,
@@ -75,9 +80,15 @@ def test_stops_on_an_empty_result(guard: Guard) -> None:
 
 @pytest.mark.parametrize("lost", ["/run/a", "/run/gone", "/run/immucore/", "/run/*", "/run/a b"])
 def test_stops_when_a_mount_is_gone(guard: Guard, lost: str) -> None:
-    status, said = guard(GOOD, MOUNTS + lost + "\n")
+    status, said = guard(GOOD, f"{MOUNTS}7:0 {lost}\n")
     assert status == 1
     assert f": {lost}, which immucore mounted, is no longer mounted; the root is not switched\n" in said
+
+
+def test_stops_when_something_is_mounted_over_it(guard: Guard) -> None:
+    status, said = guard(GOOD, MOUNTS, over="/run/a b")
+    assert status == 1
+    assert ": something else is mounted over /run/a\\040b; the root is not switched\n" in said
 
 
 @pytest.mark.parametrize("mounts", [None, ""])

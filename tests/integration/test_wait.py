@@ -130,7 +130,7 @@ def test_the_time_counts_from_the_start_of_the_initramfs(machine: Machine, sourc
     boot = machine.boot(f"{ACTIVE} rd.cos.timeout=60", source)
 
     assert boot.status == 3
-    assert 0.5e6 < boot.result["waits"][0]["took_usec"] < 2.2e6
+    assert 2.9e6 < boot.result["waits"][0]["took_usec"] < 4.5e6  # three seconds at least, for udev
 
 
 def test_says_what_it_waits_for_every_ten_seconds(machine: Machine, source: Sequence[str]) -> None:

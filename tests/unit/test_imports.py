@@ -73,7 +73,7 @@ for plan in (layout.root(asked, devices), layout.state(asked, devices, image), l
 layout.state_devices(asked, image)
 fstab.render([step.operation for step in record], image.fstab)
 report.json(report.steps(record))
-report.mount_points(record, str)
+report.mount_points(record, str, observe.mounts())
 report.degraded(record)
 try:
     layout.root(asked, Devices())

@@ -260,7 +260,7 @@ def test_the_last_setting_counts_and_additions_add() -> None:
 
 def test_a_variable_that_nobody_knows_is_told() -> None:
     plan = cos.state(asked(ACTIVE), DISK, image_of({"RW_PATH": "/x"}))
-    assert "RW_PATH in /etc/cos/cos-layout.env: nobody knows this variable" in plan.notes
+    assert plan.warnings == ("RW_PATH in /etc/cos/cos-layout.env does nothing: there is no such variable",)
 
 
 def test_options_of_oem_that_come_too_late_are_told() -> None:

@@ -70,6 +70,7 @@ def test_a_disk_and_a_partition(machine: Machine) -> None:
         Device(path="/dev/vda", disk="/dev/vda", size_bytes=8 << 30),
         Device(
             path="/dev/vda4",
+            links=("/dev/disk/by-label/COS_STATE",),
             fstype="ext4",
             label="COS_STATE",
             uuid="8d0e0c29-9a4e-4b0e-9c0e-0a3b1c1e5a11",

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from immucore import __version__, report
 from immucore.errors import MountError
 from immucore.execute import Step
+from immucore.observe import MountPoint
 from immucore.plan import Bind, Loop, Missing, Mount, Operation, Overlay, Plan, Seed, WriteFile
 
 VALUES = st.recursive(
@@ -189,12 +190,25 @@ def test_mount_points_as_mountinfo_spells_them() -> None:
         step(WRITE),
         step(Loop(source="/i", target="/sysroot", why="x")),
     ]
-    assert report.mount_points(record, str) == "/sysroot\n/sysroot/a\\040b\n/sysroot/a\\043b\n/sysroot/etc\n"
+    table = (mounted("/sysroot", "7:0"), mounted("/sysroot/a b", "8:1"), mounted("/sysroot/a#b", "8:1"))
+    assert report.mount_points(record, str, (*table, mounted("/sysroot", "7:1"))).splitlines() == [
+        "7:1 /sysroot",
+        "8:1 /sysroot/a\\040b",
+        "8:1 /sysroot/a\\043b",
+        "gone /sysroot/etc",
+    ]
+
+
+def mounted(target: str, device: str) -> MountPoint:
+    return MountPoint(
+        target=target, root="/", device=device, options="", fstype="", source="", superblock_options=""
+    )
 
 
 def test_mount_points_without_symlinks() -> None:
     record = [step(Mount(source="/dev/a", target="/sysroot/var/run", fstype="ext4", why="x"))]
-    assert report.mount_points(record, {"/sysroot/var/run": "/sysroot/run"}.__getitem__) == "/sysroot/run\n"
+    real = {"/sysroot/var/run": "/sysroot/run"}.__getitem__
+    assert report.mount_points(record, real, (mounted("/sysroot/run", "8:1"),)) == "8:1 /sysroot/run\n"
 
 
 def test_summary() -> None:

@@ -35,11 +35,16 @@ if TYPE_CHECKING:
     from immucore.image import Image
     from immucore.layouts.cos.settings import Settings
 
-__all__ = ["listed_paths", "mode", "root", "root_devices", "sentinels", "state", "state_devices"]
+__all__ = ["lenient", "listed_paths", "mode", "root", "root_devices", "sentinels", "state", "state_devices"]
 
 STATE = "/run/initramfs/cos-state"
 OVERLAY_BASE = "/run/overlay"
 OPTIONAL_TIMEOUT_SEC = 30
+
+
+def lenient(cmdline: Cmdline) -> bool:
+    """Whether a layout that cannot be read is left out: recovery needs nothing of the user's."""
+    return not MODES[mode(cmdline)].users_data
 
 
 def root_devices(cmdline: Cmdline) -> tuple[Wanted, ...]:
@@ -73,9 +78,10 @@ def root(cmdline: Cmdline, devices: Devices) -> Plan:
 def state_devices(cmdline: Cmdline, image: Image) -> tuple[Wanted, ...]:
     """List the devices that state() needs beside those of root()."""
     settings = read(cmdline, image)
-    specs = [(volume.spec, "nofail" in volume.options) for volume in settings.volumes]
+    needless = not MODES[mode(cmdline)].users_data
+    specs = [(volume.spec, needless or "nofail" in volume.options) for volume in settings.volumes]
     if _on_device(settings):
-        specs.append((settings.overlay, False))
+        specs.append((settings.overlay, needless))
     return tuple(
         Wanted(spec=spec, timeout_sec=OPTIONAL_TIMEOUT_SEC if optional else cmdline.timeout_sec)
         for spec, optional in specs
@@ -86,13 +92,28 @@ def state(cmdline: Cmdline, devices: Devices, image: Image) -> Plan:
     """Lay volumes, overlays and persistent state over the root that root() mounted."""
     settings = read(cmdline, image)
     near = devices.find(partition(cmdline))
-    _refuse_second_oem(cmdline, settings, devices, near)
     users_data = MODES[mode(cmdline)].users_data
+    if users_data:
+        _refuse_second_oem(cmdline, settings, devices, near)
+    lost = _lost_state(cmdline, settings, devices)
+    if lost:
+        warnings = [
+            f"{path} is ephemeral: {lost}, which keeps it, is not there" for path in settings.persistent
+        ]
+        settings = settings.replace(
+            ephemeral={**settings.ephemeral, **settings.persistent},
+            persistent={},
+            warnings=(*settings.warnings, *warnings),
+        )
     names = directory_names(listed.name for listed in settings.ephemeral.values())
     layers: dict[str, tuple[Operation, ...]] = {
         volume.mountpoint: (_volume(volume, REQUIRED if users_data else IMPORTANT, devices, near),)
         for volume in settings.volumes
     }
+    if lost and lost.mountpoint in layers:  # whatever its options say: what it keeps is wanted
+        layers[lost.mountpoint] = tuple(
+            each.replace(criticality=IMPORTANT) for each in layers[lost.mountpoint]
+        )
     for path, listed in settings.ephemeral.items():
         backing = f"{OVERLAY_BASE}/{names[listed.name]}.overlay"
         layers[path] = (_overlay(path, backing, listed.why, users_data),)
@@ -111,6 +132,16 @@ def state(cmdline: Cmdline, devices: Devices, image: Image) -> Plan:
         notes=settings.notes,
         warnings=settings.warnings,
     )
+
+
+def _lost_state(cmdline: Cmdline, settings: Settings, devices: Devices) -> Volume | None:
+    """Return the volume that keeps the state, if there is state to keep and the volume is not there."""
+    volumes = [*settings.volumes, oem(cmdline)]
+    holding = [volume for volume in volumes if is_below(settings.state_target, volume.mountpoint)]
+    volume = max(holding, key=lambda each: len(each.mountpoint), default=None)
+    if volume is None or not settings.persistent or devices.candidates(volume.spec):
+        return None
+    return volume
 
 
 def sentinels(cmdline: Cmdline) -> Plan:

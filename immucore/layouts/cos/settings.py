@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from immucore.cmdline import DEVICE_PREFIXES, overlay
+from immucore.cmdline import DEVICE_PREFIXES, boolean, overlay
 from immucore.errors import LayoutError
 from immucore.layouts.cos.modes import MODES, mode
 from immucore.plan import is_below
@@ -17,7 +17,9 @@ OEM = "/oem"
 DEFAULT_RW_PATHS = "/etc /root /home /opt /srv /usr/local /var"
 DEFAULT_STATE_TARGET = "/usr/local/.state"
 PERSISTENT_VOLUME = "LABEL=COS_PERSISTENT:/usr/local"
+ADDING = ("RW_PATHS", "PERSISTENT_STATE_PATHS", "CUSTOM_BIND_MOUNTS", "CUSTOM_EPHEMERAL_MOUNTS")
 VARIABLES = (
+    *ADDING,
     *(
         "VOLUMES",
         "MERGE",
@@ -70,7 +72,7 @@ class Settings(Record):
 
 def read(cmdline: Cmdline, image: Image) -> Settings:
     """Settle the layout of this boot. Raises LayoutError."""
-    notes = [f"{s.why}: nobody knows this variable" for s in image.settings if s.name not in VARIABLES]
+    notes: list[str] = []
     volumes = _volumes(cmdline, image, notes)
     mounted = {*volumes, OEM}
     ephemeral = _paths(image, "RW_PATHS", DEFAULT_RW_PATHS, "CUSTOM_EPHEMERAL_MOUNTS", notes)
@@ -86,7 +88,6 @@ def read(cmdline: Cmdline, image: Image) -> Settings:
         notes += [f"{path}: ephemeral, {state_target} lies on no volume here" for path in persistent]
         ephemeral, persistent = {**ephemeral, **persistent}, {}
     base = image.setting("OVERLAY")
-    bind = image.setting("PERSISTENT_STATE_BIND")
     return Settings(
         volumes=tuple(volume for path, volume in volumes.items() if path != OEM),
         oem=volumes.get(OEM),
@@ -95,9 +96,9 @@ def read(cmdline: Cmdline, image: Image) -> Settings:
         ephemeral={p: listed for p, listed in ephemeral.items() if p not in mounted and p not in persistent},
         persistent=persistent,
         state_target=state_target,
-        bind=bool(bind and bind.value == "true"),
+        bind=_switch(image, "PERSISTENT_STATE_BIND", default=False),
         notes=tuple(notes),
-        warnings=(*image.warnings, *_not_yet(image), *_oem_options(cmdline, volumes.get(OEM))),
+        warnings=(*image.warnings, *_useless(image), *_oem_options(cmdline, volumes.get(OEM))),
     )
 
 
@@ -138,12 +139,12 @@ def oem(cmdline: Cmdline) -> Volume:
 
 def _volumes(cmdline: Cmdline, image: Image, notes: list[str]) -> dict[str, Volume]:
     """Merge VOLUMES, rd.cos.mount= and the defaults: mount point → volume, what holds others first."""
-    setting, merge = image.setting("VOLUMES"), image.setting("MERGE")
+    setting = image.setting("VOLUMES")
     words = setting.value.split() if setting else []
     listed = _by_mountpoint([_volume(word, setting.why) for word in words] if setting else [], image)
     arguments = _by_mountpoint(_cmdline_volumes(cmdline), image)
-    if merge and merge.value != "true":
-        notes += [f"{volume}: ignored, {merge.why} is {merge.value}" for volume in arguments.values()]
+    if not _switch(image, "MERGE", default=True):
+        notes += [f"{volume}: ignored, MERGE is off" for volume in arguments.values()]
         arguments = {}
     for path, volume in arguments.items():
         if path in listed and listed[path].spec != volume.spec:
@@ -241,11 +242,31 @@ def _state_target(image: Image) -> str:
     return image.real(given)
 
 
-def _not_yet(image: Image) -> list[str]:
-    setting = image.setting("DEBUG_RW")
-    if setting is None or setting.value != "true":
-        return []
-    return [f"{setting.why} is not supported yet and does nothing: use rd.cos.debugrw on the command line"]
+def _switch(image: Image, name: str, *, default: bool) -> bool:
+    """Read a switch. A word that is none is refused: to guess could move somebody's state."""
+    setting = image.setting(name)
+    if setting is None or not setting.value:
+        return default
+    try:
+        return boolean(setting.value)
+    except ValueError as reason:
+        hint = f"write {name}=true or {name}=false in {setting.origin}"
+        raise LayoutError(f"cannot read '{setting.value}' ({setting.why}): {reason}", hint=hint) from None
+
+
+def _useless(image: Image) -> list[str]:
+    """Name the settings that do nothing: a mistyped one must not cost somebody's data in silence."""
+    unknown = [setting for setting in image.settings if setting.name not in VARIABLES]
+    warnings = [f"{setting.why} does nothing: there is no such variable" for setting in unknown]
+    warnings += [
+        f"{s.why} does nothing: this file can only add to {', '.join(ADDING)}"
+        for s in image.settings
+        if s.adds and s.name in VARIABLES and s.name not in ADDING
+    ]
+    debug_rw = image.setting("DEBUG_RW")
+    if debug_rw and _switch(image, "DEBUG_RW", default=False):
+        warnings.append(f"{debug_rw.why} is not supported yet and does nothing: use rd.cos.debugrw")
+    return warnings
 
 
 def _oem_options(cmdline: Cmdline, theirs: Volume | None) -> list[str]:
