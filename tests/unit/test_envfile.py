@@ -6,11 +6,12 @@ Systemd has one parser for these files (env-file.c); the generator for environme
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from immucore import envfile
@@ -108,13 +109,15 @@ PIECES = st.sampled_from(
 @settings(max_examples=80)  # each runs a process
 @given(text=st.lists(PIECES, max_size=12).map(lambda pieces: "IMMUCORE_B=" + "".join(pieces)))
 def test_what_it_reads_is_what_systemd_reads(systemd: Callable[[str], dict[str, str]], text: str) -> None:
+    # Until systemd 254 a comment too went on after a backslash at the end of its line.
+    assume(not re.search(r"^\s*[#;].*\\$", text, re.MULTILINE))
     try:
         mine = envfile.parse(text, "test")
     except LayoutError:
         return  # stricter than systemd, which skips such a line with a warning
     theirs = systemd(text)
-    # environment.d, other than EnvironmentFile=, drops what is empty: an earlier value of the variable shows then.
-    for name in mine:
+    # environment.d, other than EnvironmentFile=, drops what is empty, so that an earlier value shows.
+    for name in [name for name in mine if name.startswith("IMMUCORE_")]:
         assert mine[name] == theirs.get(name, "") or (not mine[name] and text.count(f"{name}=") > 1)
     assert {*theirs} <= {*mine}
 
