@@ -22,7 +22,7 @@ SLOTS = {
     "passive": "root=LABEL=COS_STATE cos-img/filename=/cOS/passive.img",
     "recovery": "root=LABEL=COS_RECOVERY cos-img/filename=/cOS/recovery.squashfs",
 }
-SYSTEM = ("proc", "sysfs", "devtmpfs", "devpts", "cgroup2", "ramfs", "securityfs", "pstore", "bpf")
+KERNEL = ("/dev", "/proc", "/sys")  # what is mounted there shows the kernel, and nothing that is kept
 
 
 def role(mount: Mounted) -> str:
@@ -50,7 +50,7 @@ def show_mounts(console: Console, report: Report) -> None:
     for column in ("role", "path", "type", "kept in"):
         table.add_column(column, overflow="fold")
     style = {"read-only": "cyan", "ephemeral": "yellow", "persistent": "green"}
-    mounts = [m for m in report.mountinfo if m.fstype not in SYSTEM and not m.target.startswith("/dev")]
+    mounts = [mount for mount in report.mountinfo if not mount.target.startswith(KERNEL)]
     for name, colour in style.items():
         for mount in sorted((m for m in mounts if role(m) == name), key=lambda m: m.target.split("/")):
             if not mount.target.startswith("/run/") or mount.target in (
