@@ -11,7 +11,7 @@ from immucore import cmdline, fstab, layouts, linux, log, observe, report
 from immucore.devices import Devices
 from immucore.errors import CmdlineError, ImmucoreError, Interrupted, LayoutError, MountError
 from immucore.execute import SUCCEEDED, Step, execute
-from immucore.plan import SYSROOT, Bind, Operation, Overlay, Plan, WriteFile
+from immucore.plan import SYSROOT, Bind, Operation, Plan, WriteFile
 
 TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
 if TYPE_CHECKING:
@@ -159,10 +159,7 @@ def image_of(layout: ModuleType, asked: Cmdline, root: str, run: str = observe.R
 def _fstab(done: list[Operation], content: str, asked: Cmdline) -> Plan:
     """Put fstab into the new root; where /etc cannot be written, bind a file of /run over the image's."""
     target, why = SYSROOT + FSTAB, "the booted system has to know what is mounted"
-    writable = asked.debug_rw or any(
-        each.target == f"{SYSROOT}/etc" for each in done if isinstance(each, Overlay | Bind)
-    )
-    if writable:
+    if asked.debug_rw or any(each.target == f"{SYSROOT}/etc" for each in done):
         return Plan(
             operations=(WriteFile(target=target, content=content, why=why, criticality="important"),)
         )

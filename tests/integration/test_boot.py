@@ -233,6 +233,18 @@ def test_overlay_on_a_block_device_is_kept(switch_on: Callable[[], Machine], age
     assert machine.path("/sysroot/etc/mine").read_text() == "kept"
 
 
+def test_volume_on_etc_takes_the_fstab(machine: Machine, agent: Sequence[str]) -> None:
+    """A volume makes /etc writable as an overlay does, and needs no file of the image to bind over."""
+    layout(machine, 'RW_PATHS=/var\nVOLUMES="LABEL=COS_PERSISTENT:/etc"\n')
+
+    boot = machine.boot(ACTIVE, agent)
+
+    assert (boot.status, boot.result["outcome"]) == (0, "ok")
+    assert boot.outcomes()["writefile /sysroot/etc/fstab"] == "done"
+    assert "/etc ext4 rw" in machine.path("/sysroot/etc/fstab").read_text()
+    check_mounts(machine, boot)
+
+
 def test_no_writable_path_at_all(machine: Machine, agent: Sequence[str]) -> None:
     """RW_PATHS that is set but empty means none: fstab is then bound over the image's."""
     layout(machine, "RW_PATHS=\n")

@@ -440,18 +440,24 @@ def test_a_failed_mount_leaves_no_loop_device(tmp_path: Path) -> None:
     assert str(image) not in [path.read_text().strip() for path in attached]
 
 
+def loop_devices() -> set[int]:
+    """List the numbers of the loop devices, without their partitions."""
+    names = [path.name.removeprefix("loop") for path in Path("/sys/class/block").glob("loop*")]
+    return {int(name) for name in names if name.isdecimal()}
+
+
 def test_fifty_images_at_once(images: Path, tmp_path: Path) -> None:
     """Whoever asks for a free loop device may find it taken a moment later."""
     native.require_root()
-    before = {path.name for path in Path("/sys/class/block").glob("loop*")}
+    before = loop_devices()
     try:
         fifty_loops(images, tmp_path)
     finally:
         control = os.open("/dev/loop-control", os.O_RDWR)
-        for name in {path.name for path in Path("/sys/class/block").glob("loop*")} - before:
+        for number in loop_devices() - before:
             for _ in range(100):  # they are detached a moment after the namespace has gone
                 try:
-                    fcntl.ioctl(control, LOOP_CTL_REMOVE, int(name[4:]))
+                    fcntl.ioctl(control, LOOP_CTL_REMOVE, number)
                 except OSError:
                     time.sleep(0.01)
                 else:

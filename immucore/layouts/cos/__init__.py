@@ -97,14 +97,7 @@ def state(cmdline: Cmdline, devices: Devices, image: Image) -> Plan:
         _refuse_second_oem(cmdline, settings, devices, near)
     lost = _lost_state(cmdline, settings, devices)
     if lost:
-        warnings = [
-            f"{path} is ephemeral: {lost}, which keeps it, is not there" for path in settings.persistent
-        ]
-        settings = settings.replace(
-            ephemeral={**settings.ephemeral, **settings.persistent},
-            persistent={},
-            warnings=(*settings.warnings, *warnings),
-        )
+        settings = _ephemeral_instead(settings, lost)
     names = directory_names(listed.name for listed in settings.ephemeral.values())
     layers: dict[str, tuple[Operation, ...]] = {
         volume.mountpoint: (_volume(volume, REQUIRED if users_data else IMPORTANT, devices, near),)
@@ -142,6 +135,17 @@ def _lost_state(cmdline: Cmdline, settings: Settings, devices: Devices) -> Volum
     if volume is None or not settings.persistent or devices.candidates(volume.spec):
         return None
     return volume
+
+
+def _ephemeral_instead(settings: Settings, lost: Volume) -> Settings:
+    """Keep nothing in this boot, and say so for each path."""
+    why = f"{lost}, which keeps it, is not there"
+    whole: Settings = settings.replace(
+        ephemeral={**settings.ephemeral, **settings.persistent},
+        persistent={},
+        warnings=(*settings.warnings, *(f"{path} is ephemeral: {why}" for path in settings.persistent)),
+    )
+    return whole
 
 
 def sentinels(cmdline: Cmdline) -> Plan:
