@@ -39,6 +39,7 @@ QEMU = (
     " -no-reboot -object rng-builtin,id=rng -device virtio-rng-pci,rng=rng"
 )
 REPORT_MIB = 32
+INSIST_S = 5.0
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -195,6 +196,8 @@ class Guest:
         self.replies = b""
         self.ended = "unknown"
         self.plugged = 0
+        self.insisting: tuple[str, str] | None = None
+        self.typed = 0.0
         self.start = time.monotonic()
         parent = os.getpid()
 
@@ -256,6 +259,8 @@ class Guest:
                 pending.remove(item)
                 item[1](self)
             deadline = min([limit_s, *(moment for moment, _ in pending if not isinstance(moment, str))])
+            if self.insisting:
+                deadline = min(deadline, elapsed + INSIST_S)
             for descriptor, _ in poll.poll(max(0.0, deadline - elapsed) * 1000 + 1):
                 if descriptor != output:
                     if not self.receive():
@@ -267,6 +272,7 @@ class Guest:
                     while self.receive():
                         pass
                     return self.ended, time.monotonic() - self.start
+            self.insist()
 
     def is_due(self, moment: float | str, elapsed: float) -> bool:
         """Tell whether a moment has come: seconds since the start, or an expression seen on the console."""
@@ -303,8 +309,26 @@ class Guest:
     def type(self, text: str) -> None:
         """Type on the serial console."""
         assert self.process.stdin is not None
+        self.typed = time.monotonic()
         self.process.stdin.write(text.encode())
         self.process.stdin.flush()
+
+    def insist(self) -> None:
+        """Type again what type_until() typed, if its answer has not come."""
+        if self.insisting:
+            text, answer = self.insisting
+            if re.search(answer, self.console, re.MULTILINE):
+                self.insisting = None
+            elif time.monotonic() - self.typed > INSIST_S:
+                self.type(text)
+
+    def type_until(self, text: str, answer: str) -> None:
+        """Type, and once more every few seconds until the console matches `answer`.
+
+        sulogin and getty throw away what was typed before they were ready to read.
+        """
+        self.insisting = (text, answer)
+        self.type(text)
 
     def cut_power(self) -> None:
         """Switch the machine off as a power failure does."""

@@ -12,6 +12,7 @@ import pytest
 from disk import Disk, Partition, make_disk
 from machine import Guest, Machine
 
+SHELL = r"sh-5|:/root#|:/#"  # the prompt of an emergency shell
 KILL = """\
 [Unit]
 DefaultDependencies=no
@@ -263,6 +264,7 @@ def test_boot_goes_on_after_a_repair(work: Path, cos_disk: Callable[..., Disk]) 
     broken = Machine(disk, f"{expect.ACTIVE} rd.cos.timeout=8", work=work)
     arguments = [*broken.arguments(derivative.initramfs(disk.suite), broken.cmdline), "-accel", "tcg"]
     arguments += ["-device", "pcie-root-port,id=port0,chassis=1"]
+    answer = r"mode=1 /dev/\w+\s"
     ask = "echo root=$(stat -f -c %T /) mode=$(cat /run/cos/active_mode) $(findmnt -no SOURCE /usr/local)\n"
 
     with Guest(work / "console.1", arguments) as guest:
@@ -270,10 +272,10 @@ def test_boot_goes_on_after_a_repair(work: Path, cos_disk: Callable[..., Disk]) 
             120,
             [
                 ("The boot stops here", lambda it: it.plug(missing.path, "missing")),
-                ("Control-D to continue", lambda it: it.type("\n")),
-                (r"sh-5|:/root#|:/#", lambda it: it.type("exit\n")),
-                ("login: root", lambda it: it.type(ask)),
-                (r"mode=1 /dev/\w+\s", lambda it: it.cut_power()),
+                ("Control-D to continue", lambda it: it.type_until("\n", SHELL)),
+                (SHELL, lambda it: it.type_until("exit\n", "login: root")),
+                ("login: root", lambda it: it.type_until(ask, answer)),
+                (answer, lambda it: it.cut_power()),
             ],
         )
 
