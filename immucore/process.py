@@ -1,0 +1,80 @@
+"""Running other programs: fsck, a shell, what assembles devices. A healthy boot never imports this.
+
+Every child of the agent starts here: PyInstaller puts the folder of its own libraries into LD_LIBRARY_PATH,
+and a child would load ours instead of the system's.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+
+from immucore.values import Record
+
+TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C", "TERM": "linux"}
+TIMED_OUT = 124  # as timeout(1) says it
+MAX_OUTPUT_BYTES = 1 << 16  # the end of it is what tells
+
+
+class Finished(Record):
+    """How a program ended: its exit status, or 128 + the signal that ended it, and all that it printed."""
+
+    status: int
+    output: str
+
+
+def find(name: str) -> str | None:
+    """Return the path of a program; None where the initramfs has none of this name."""
+    return shutil.which(name, path=ENVIRONMENT["PATH"])
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    timeout_sec: float | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Finished:
+    """Run a program to its end, with nothing on its standard input, and return what it said.
+
+    One that takes longer than `timeout_sec` is killed, and so is one that a signal to the agent interrupts.
+    Raises OSError when it cannot be started.
+    """
+    with subprocess.Popen(
+        argv,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**ENVIRONMENT, **(environment or {})},
+    ) as child:
+        try:
+            output, _ = child.communicate(timeout=timeout_sec)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            return Finished(status=TIMED_OUT, output=f"{argv[0]} took longer than {timeout_sec:g} s")
+        except BaseException:
+            child.kill()
+            raise
+    status = child.returncode if child.returncode >= 0 else 128 - child.returncode
+    return Finished(status=status, output=output[-MAX_OUTPUT_BYTES:].decode("utf-8", "replace"))
+
+
+def shell(console: str = "/dev/console") -> None:
+    """Run an interactive shell on a console until it is left. Raises OSError."""
+    terminal = os.open(console, os.O_RDWR)  # without O_NOCTTY: the shell's session gets it, and job control
+    try:
+        subprocess.run(
+            ["/bin/sh", "-i"],
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            env={**ENVIRONMENT, "HOME": "/root"},
+            start_new_session=True,
+            check=False,
+        )
+    finally:
+        os.close(terminal)
