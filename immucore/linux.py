@@ -12,7 +12,7 @@ import stat
 import struct
 import time
 
-from immucore import observe, seed, syscalls
+from immucore import observe, seed, superblock, syscalls
 from immucore.errors import MountError
 from immucore.fstab import overlay_paths, unescape
 from immucore.plan import SYSROOT, is_below
@@ -81,7 +81,7 @@ class Kernel:
         there = self._found.get(where)
         try:
             image = self.path(image)
-            fstype = observe.superblock(image)
+            fstype = superblock.identify(image).fstype
         except FileNotFoundError:
             raise MountError(f"cannot find the image '{image}'", hint=OTHER_SLOT) from None
         if there and _backing_file(there) == image:

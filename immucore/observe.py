@@ -127,28 +127,6 @@ def _mount_points(table: str) -> Iterator[MountPoint]:
             )
 
 
-MAGICS = (
-    (1080, b"\x53\xef", "ext4"),  # its driver mounts ext2 and ext3 too
-    (0, b"hsqs", "squashfs"),
-    (1024, b"\xe2\xe1\xf5\xe0", "erofs"),
-    (0, b"XFSB", "xfs"),
-    (0x10040, b"_BHRfS_M", "btrfs"),
-)
-
-
-def superblock(path: str) -> str:
-    """Tell the file system type of an image by its superblock, not by its name.
-
-    Empty if it is none we know.
-    """
-    with open(path, "rb", buffering=0) as file:
-        for offset, magic, fstype in MAGICS:
-            file.seek(offset)
-            if file.read(len(magic)) == magic:
-                return fstype
-    return ""
-
-
 def image(root: str, run: str = RUN, *, lenient: bool = False) -> Image:
     """Read the layout of the system at `root` and what OEM and earlier boot stages add (contract §4).
 

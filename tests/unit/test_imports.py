@@ -38,7 +38,7 @@ OURS = {
         for name in ("image", "layouts", "linux", "log", "observe", "plan", "report", "seed")
     ),
     *(f"immucore.layouts.{name}" for name in ("cos", "cos.modes", "cos.names", "cos.settings")),
-    *(f"immucore.{name}" for name in ("syscalls", "values")),
+    *(f"immucore.{name}" for name in ("superblock", "syscalls", "values")),
 }
 
 RUN = """

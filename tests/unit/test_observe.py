@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -189,38 +188,6 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "etc").mkdir()
     (root / "etc/os-release").write_text("ID=test\n")
     return root
-
-
-@pytest.mark.parametrize(
-    ("command", "fstype"),
-    [
-        (["mke2fs", "-q", "-t", "ext2", "-d", "{tree}", "{image}", "1M"], "ext4"),
-        (["mke2fs", "-q", "-t", "ext3", "-d", "{tree}", "{image}", "4M"], "ext4"),
-        (["mke2fs", "-q", "-t", "ext4", "-d", "{tree}", "{image}", "1M"], "ext4"),
-        (["mksquashfs", "{tree}", "{image}", "-quiet", "-no-progress"], "squashfs"),
-        (["mkfs.erofs", "--quiet", "{image}", "{tree}"], "erofs"),
-    ],
-)
-def test_superblock(command: list[str], fstype: str, tree: Path, tmp_path: Path) -> None:
-    image = tmp_path / "an.image"
-    subprocess.run(
-        [word.format(tree=tree, image=image) for word in command], check=True, capture_output=True
-    )
-    assert observe.superblock(str(image)) == fstype
-
-
-def test_superblock_by_the_documented_magic(tmp_path: Path) -> None:
-    """Xfs begins with XFSB (xfs(5)), btrfs has its magic 64 bytes behind 64 KiB (btrfs' disk format)."""
-    (tmp_path / "xfs").write_bytes(b"XFSB" + bytes(4096))
-    (tmp_path / "btrfs").write_bytes(bytes(0x10000 + 0x40) + b"_BHRfS_M" + bytes(64))
-    assert observe.superblock(str(tmp_path / "xfs")) == "xfs"
-    assert observe.superblock(str(tmp_path / "btrfs")) == "btrfs"
-
-
-@pytest.mark.parametrize("content", [b"", b"hs", b"garbage" * 1000, bytes(2048)])
-def test_no_superblock(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "image").write_bytes(content)
-    assert observe.superblock(str(tmp_path / "image")) == ""
 
 
 def test_text(tmp_path: Path) -> None:
