@@ -13,7 +13,7 @@ import time
 
 from pyroute2.netlink.uevent import MONITOR_GROUP_KERNEL, MONITOR_GROUP_UDEV, UeventSocket
 
-from immucore import observe
+from immucore import assemble, observe
 from immucore.devices import Device, Devices, Wanted, describe
 
 TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
@@ -49,6 +49,7 @@ def for_devices(wanted: tuple[Wanted, ...], log: Log) -> Devices:
     poll = select.poll()
     poll.register(events.fileno(), select.POLLIN)
     absent = wanted
+    assembler = assemble.Assembler(log)
     try:
         while True:
             devices = observe.devices()
@@ -60,6 +61,7 @@ def for_devices(wanted: tuple[Wanted, ...], log: Log) -> Devices:
             pending = [each for each in absent if deadlines[each] > now]
             if not pending:
                 return devices
+            assembler.look(devices, tuple(pending), now)
             if now - told >= SAY_SEC:
                 log.info(_progress(pending, deadlines, devices, now))
                 told = now
