@@ -69,6 +69,7 @@ def for_devices(wanted: tuple[Wanted, ...], log: Log) -> Devices:
             poll.poll(max(0.0, until - now) * 1000 + 1)
             _drain(events)
     finally:
+        assembler.close()
         events.close()
 
 
