@@ -63,6 +63,49 @@ def run(
     return Finished(status=status, output=output[-MAX_OUTPUT_BYTES:].decode("utf-8", "replace"))
 
 
+class Child:
+    """A program that runs beside the agent, with nothing on its standard input."""
+
+    def __init__(self, argv: Sequence[str]) -> None:
+        """Start it. Raises OSError."""
+        self._output = os.memfd_create(
+            argv[0], os.MFD_CLOEXEC
+        )  # a pipe that nobody reads would fill and stop it
+        try:
+            self._child = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=self._output,
+                stderr=subprocess.STDOUT,
+                env=ENVIRONMENT,
+            )
+        except BaseException:
+            os.close(self._output)
+            raise
+
+    def finished(self) -> Finished | None:
+        """Return how it ended, once; None while it runs."""
+        status = self._child.poll()
+        if status is None:
+            return None
+        size = os.fstat(self._output).st_size
+        output = os.pread(self._output, MAX_OUTPUT_BYTES, max(0, size - MAX_OUTPUT_BYTES))
+        os.close(self._output)
+        return Finished(
+            status=status if status >= 0 else 128 - status, output=output.decode("utf-8", "replace")
+        )
+
+    def end(self, timeout_sec: float = 2.0) -> None:
+        """Ask it to end, and kill it where it does not."""
+        self._child.terminate()
+        try:
+            self._child.wait(timeout_sec)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+        os.close(self._output)
+
+
 def shell(console: str = "/dev/console") -> None:
     """Run an interactive shell on a console until it is left. Raises OSError."""
     terminal = os.open(console, os.O_RDWR)  # without O_NOCTTY: the shell's session gets it, and job control

@@ -33,6 +33,7 @@ installkernel() {
     for module in ext4 squashfs erofs; do
         instmods -c -s "$module" && found=1
     done
+    ! _has_tpm2 || instmods '=drivers/char/tpm'
     if [[ ! $found ]]; then
         dfatal "immucore: this kernel has no file system for an image: ext4, squashfs or erofs"
         return 1
@@ -61,6 +62,22 @@ _install_bundle() {
     done < <(find "$root$_bundle" -type f -print0)
 }
 
+# Whether the image has what systemd-cryptsetup opens at run time to ask a TPM. dracut itself puts that only into the
+# initramfs of the very machine that builds it.
+_has_tpm2() {
+    local root=${dracutsysrootdir-}
+    dracut_module_included crypt &&
+        [[ $(compgen -G "$root/usr/lib*/libtss2-esys.so.*" || compgen -G "$root/usr/lib/*/libtss2-esys.so.*") ]]
+}
+
+_install_tpm2() {
+    local library
+    for library in esys mu rc sys tctildr tcti-device; do
+        inst_libdir_file "libtss2-$library.so.*"
+    done
+    inst_rules 60-tpm-udev.rules
+}
+
 # Called by dracut, which ignores the status of install(): only exit stops the build.
 install() {
     local units=${systemdsystemunitdir:-/usr/lib/systemd/system}
@@ -75,6 +92,7 @@ install() {
     fi
     inst_hook cmdline 15 "$moddir/immucore-cmdline.sh"
     inst_dir /etc/modprobe.d
+    ! _has_tpm2 || _install_tpm2
 
     if dracut_module_included systemd; then
         inst_script "$moddir/immucore-unexplained" "$_bundle/immucore-unexplained" || exit 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from immucore import process
@@ -40,3 +42,42 @@ def test_standard_input_is_empty() -> None:
 def test_find() -> None:
     assert process.find("sh") in ("/usr/bin/sh", "/bin/sh")
     assert process.find("no-such-program") is None
+
+
+def wait_for(child: process.Child) -> process.Finished:
+    while (finished := child.finished()) is None:
+        time.sleep(0.01)
+    return finished
+
+
+def test_a_child_runs_beside() -> None:
+    child = process.Child(["sh", "-c", "sleep 0.1; echo done; echo badly >&2; exit 3"])
+
+    assert child.finished() is None
+    assert wait_for(child) == process.Finished(status=3, output="done\nbadly\n")
+
+
+def test_of_a_child_that_prints_much_the_end_is_kept() -> None:
+    child = process.Child(["sh", "-c", "yes | head -n 100000; echo end; kill -9 $$"])
+
+    finished = wait_for(child)
+
+    assert finished.status == 137
+    assert len(finished.output) == process.MAX_OUTPUT_BYTES
+    assert finished.output.endswith("end\n")
+
+
+@pytest.mark.parametrize("script", ["exec sleep 60", "trap '' TERM; while :; do sleep 0.1; done"])
+def test_a_child_is_ended(script: str) -> None:
+    started = time.monotonic()
+    child = process.Child(["sh", "-c", script])
+    time.sleep(0.1)
+
+    child.end(timeout_sec=0.3)
+
+    assert time.monotonic() - started < 10
+
+
+def test_a_child_that_cannot_be_started() -> None:
+    with pytest.raises(FileNotFoundError):
+        process.Child(["/no-such-program"])
