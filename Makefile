@@ -22,7 +22,7 @@ PACKAGES := $(shell sed 's/:.*//' vm-tests/packages.txt)
 APT_INSTALL := apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-upgrade \
 	--no-install-recommends -o Dpkg::Use-Pty=0
 
-.PHONY: help deps check unit golden freeze install images demo vm-test test bench clean
+.PHONY: help deps check unit golden freeze install images demo vm-test test fuzz bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t16
@@ -72,6 +72,13 @@ images: deps freeze  ## build the test derivatives: root trees, initramfs images
 
 vm-test: deps freeze  ## boot the derivatives in QEMU, two at a time
 	$(BIN)/pytest vm-tests -n 2 --dist worksteal
+
+fuzz: $(VENV)/.fuzz  ## fuzz what reads the texts from outside (FUZZ_SECONDS=60 each); findings in build/fuzz
+	@$(BIN)/python tests/fuzz/fuzz.py
+
+$(VENV)/.fuzz: $(VENV)/.stamp
+	$(BIN)/pip install --quiet --disable-pip-version-check --only-binary atheris --editable '.[fuzz]'
+	@touch $@
 
 bench: deps freeze  ## measure side by side: start to exit, memory, size, many paths, virtual time in the VM
 	@$(BIN)/python tests/bench/bench.py

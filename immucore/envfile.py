@@ -14,6 +14,11 @@ def parse(text: str, name: str) -> dict[str, str]:
     skips a line that is no assignment, this does not: a mistyped layout must not lose somebody's volumes in
     silence.
     """
+    if "\0" in text:  # systemd too refuses the whole file; what a power cut leaves of one is often zeros
+        raise LayoutError(
+            f"cannot read line {_number(text, text.index(chr(0)))} of {name}: it has a zero byte",
+            hint=f"the file is damaged: write {name} anew",
+        )
     values: dict[str, str] = {}
     position = 0
     while position < len(text):
@@ -45,7 +50,7 @@ def _is_name(key: str) -> bool:
 
 def _value(text: str, position: int, name: str) -> tuple[str, int]:
     """Read the value at `position`; return it and the position after its line."""
-    value = ""
+    value: list[str] = []  # its characters: to add to a string again and again would copy it each time
     bare = 0  # where the blanks at the end of an unquoted part begin to count: what was quoted keeps its own
     unquoted = False  # within an unquoted part quotes are ordinary characters
     while position < len(text) and text[position] != "\n":
@@ -53,31 +58,34 @@ def _value(text: str, position: int, name: str) -> tuple[str, int]:
         position += 1
         if character == "\\":
             if text[position : position + 1] != "\n":
-                value += text[position : position + 1]
+                value.append(text[position : position + 1])
             bare = len(value)
             position, unquoted = position + 1, True
         elif character in "'\"" and not unquoted:
-            value, position = _quoted(text, position, value, name)
+            position = _quoted(text, position, value, name)
             bare = len(value)
         elif character not in BLANKS or unquoted:
-            value, unquoted = value + character, True
-    kept, rest = value[:bare], value[bare:]
-    return kept + rest.rstrip(BLANKS), position + 1
+            value.append(character)
+            unquoted = True
+    return "".join(value[:bare]) + "".join(value[bare:]).rstrip(BLANKS), position + 1
 
 
-def _quoted(text: str, position: int, value: str, name: str) -> tuple[str, int]:
+def _quoted(text: str, position: int, value: list[str], name: str) -> int:
+    """Add what stands in quotes to `value`; return the position after the closing one."""
     start, quote = position, text[position - 1]
     while position < len(text):
         character = text[position]
         position += 1
         if character == quote:
-            return value, position
+            return position
         if character == "\\" and quote == '"' and position < len(text):
             following = text[position]
             position += 1
-            value += following if following in '"\\`$' else "" if following == "\n" else "\\" + following
+            value.append(
+                following if following in '"\\`$' else "" if following == "\n" else "\\" + following
+            )
         else:
-            value += character
+            value.append(character)
     raise LayoutError(
         f"cannot read line {_number(text, start)} of {name}: the quote {quote} is never closed",
         hint=f"close it in {name}",

@@ -22,9 +22,10 @@ def render(operations: Iterable[Operation], image_fstab: str) -> str:
     done = [operation for operation in operations if isinstance(operation, Mount | Bind | Overlay)]
     lines = {operation.target: _line(operation, done) for operation in done}
     ours = {as_booted(target) for target in lines}
-    theirs = [line for line in image_fstab.splitlines() if not _mounts(line, ours) and not _of_root(line)]
+    theirs = [line for line in lines_of(image_fstab) if not _mounts(line, ours) and not _of_root(line)]
     root = "".join(
-        f"# / is {as_booted(operation.source)}, mounted {','.join(operation.options)} by the initramfs.\n"
+        f"# / is {escape(as_booted(operation.source))}, mounted {','.join(operation.options)}"
+        " by the initramfs.\n"
         for operation in operations
         if isinstance(operation, Loop)
     )
@@ -38,10 +39,22 @@ def of_image(text: str) -> str:
 
 
 def _mounts(line: str, targets: set[str]) -> bool:
-    fields = line.split()
-    return (
-        len(fields) > 1 and not line.startswith("#") and (unescape(fields[1]).rstrip("/") or "/") in targets
-    )
+    where = mount_point(line)
+    return where is not None and (where.rstrip("/") or "/") in targets
+
+
+def lines_of(text: str) -> list[str]:
+    """Split a table of the kernel's or of libmount's.
+
+    At newlines only: str.splitlines() would split at ten other characters, which a name may have.
+    """
+    return text.removesuffix("\n").split("\n") if text else []
+
+
+def mount_point(line: str) -> str | None:
+    """Read the second field of a line of fstab as getmntent(3) does; None for a comment."""
+    fields = [field for field in line.replace("\t", " ").split(" ") if field]
+    return unescape(fields[1]) if len(fields) > 1 and not fields[0].startswith("#") else None
 
 
 def _of_root(line: str) -> bool:
@@ -59,7 +72,7 @@ def _line(operation: Mount | Bind | Overlay, done: list[Mount | Bind | Overlay])
             "index=off",
             "metacopy=off",
         ]
-        options.append(f"x-systemd.requires-mounts-for={backing}")
+        options.append("x-systemd.requires-mounts-for=" + backing.replace(",", "\\,"))
     else:
         source, fstype = operation.fstab_name or operation.source, operation.fstype
         options = [*operation.options] or ["defaults"]
@@ -67,7 +80,7 @@ def _line(operation: Mount | Bind | Overlay, done: list[Mount | Bind | Overlay])
         options.append("nofail")
     if _outlives_shutdown(operation, done):
         options.append("x-initrd.mount")
-    return " ".join([escape(source), escape(target), fstype, escape(",".join(options)), "0", "0"])
+    return " ".join([*map(escape, (source, target, fstype, ",".join(options))), "0", "0"])
 
 
 def overlay_paths(target: str, backing: str) -> tuple[tuple[str, str], ...]:

@@ -25,7 +25,7 @@ class Log:
     def write(self, level: int, message: str) -> None:
         """Keep a message and tell it, one line of the journal for each of its lines."""
         now = time.monotonic()
-        for line in message.split("\n"):
+        for line in printable(message).split("\n"):
             self.lines.append(f"[{now:12.6f}] <{level}> {line}")
             if level < DEBUG or self.debug_wanted:
                 self._tell(level, line)
@@ -56,6 +56,13 @@ class Log:
                 os.close(kmsg)
         except OSError:
             return  # a log that cannot be written must not stop a boot; `lines` has it
+
+
+def printable(message: str) -> str:
+    r"""Show control characters as \uNNNN, but for newlines: a disk's label is not to command a terminal."""
+    if message.isprintable():
+        return message
+    return "".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in message)
 
 
 def start() -> Log:

@@ -9,7 +9,7 @@ import stat
 from immucore import envfile, syscalls
 from immucore.devices import Device, Devices
 from immucore.errors import LayoutError, MountError
-from immucore.fstab import of_image, unescape
+from immucore.fstab import lines_of, of_image, unescape
 from immucore.image import Image, Setting
 from immucore.values import Record
 
@@ -62,7 +62,7 @@ _GONE = (errno.ENOENT, errno.ENODEV, errno.ENXIO)  # what sysfs says of a device
 
 
 def _device(directory: str, record: str) -> Device:
-    lines = record.splitlines()
+    lines = record.split("\n")  # a label may have what str.splitlines() takes for the end of a line
     properties = dict(line[2:].split("=", 1) for line in lines if line.startswith("E:") and "=" in line)
     name = directory.rpartition("/")[2]
     disk = name
@@ -85,13 +85,17 @@ def _device(directory: str, record: str) -> Device:
 def decode(encoded: str) -> str:
     r"""Undo udev's \xNN (systemd: src/shared/udev-util.c, encode_devnode_name())."""
     head, *parts = encoded.split("\\x")
-    raw = head.encode("utf-8", "surrogateescape")
+    raw = [head.encode("utf-8", "surrogateescape")]
     for part in parts:
-        try:
-            raw += bytes.fromhex(part[:2]) + part[2:].encode("utf-8", "surrogateescape")
-        except ValueError:  # what is on a disk can be anything
-            raw += b"\\x" + part.encode("utf-8", "surrogateescape")
-    return raw.decode("utf-8", "surrogateescape")
+        code = part[:2]
+        if len(code) == 2 and all(digit in HEXADECIMAL for digit in code):
+            raw.append(bytes((int(code, 16),)) + part[2:].encode("utf-8", "surrogateescape"))
+        else:  # what is on a disk can be anything
+            raw.append(b"\\x" + part.encode("utf-8", "surrogateescape"))
+    return b"".join(raw).decode("utf-8", "surrogateescape")
+
+
+HEXADECIMAL = "0123456789abcdefABCDEF"
 
 
 class MountPoint(Record):
@@ -112,7 +116,7 @@ def mounts(mountinfo: str = "/proc/self/mountinfo") -> tuple[MountPoint, ...]:
 
 
 def _mount_points(table: str) -> Iterator[MountPoint]:
-    for line in table.splitlines():
+    for line in lines_of(table):
         left, _, right = line.partition(" - ")
         fields, rest = left.split(" "), right.split(" ")
         if len(fields) > 5 and len(rest) > 2:
@@ -224,7 +228,7 @@ def _root_file(directory: int, path: str) -> str | None:
     try:
         descriptor = syscalls.openat2(directory, path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
         with open(descriptor, "rb") as file:
-            return file.read(MAX_FILE_BYTES).decode("utf-8", "surrogateescape")
+            content = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         if error.errno in _ABSENT:
             return None
@@ -232,6 +236,12 @@ def _root_file(directory: int, path: str) -> str | None:
             f"cannot read '{path}': {os.strerror(error.errno or 0)}",
             hint=f"correct or remove {path}, or boot another slot",
         ) from None
+    if len(content) > MAX_FILE_BYTES:  # half of a layout is another layout
+        raise MountError(
+            f"cannot read '{path}': it is larger than {MAX_FILE_BYTES >> 10} KiB",
+            hint=f"correct or remove {path}, or boot another slot",
+        )
+    return content.decode("utf-8", "surrogateescape")
 
 
 def _exists(directory: int, path: str) -> bool:

@@ -11,6 +11,7 @@ from _json import encode_basestring_ascii
 from immucore import __version__
 from immucore.execute import SUCCEEDED
 from immucore.fstab import escape
+from immucore.log import printable
 from immucore.observe import text
 from immucore.plan import OPTIONAL, Bind, Loop, Mount, Overlay, as_booted
 from immucore.values import Record
@@ -151,7 +152,7 @@ def to_consoles(message: str) -> None:
         try:
             console = os.open(f"/dev/{name}", os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
-                os.write(console, f"\n{message}\n".replace("\n", "\r\n").encode("utf-8", "backslashreplace"))
+                os.write(console, f"\n{printable(message)}\n".replace("\n", "\r\n").encode())
             finally:
                 os.close(console)
         except OSError:

@@ -147,6 +147,7 @@ def test_export_is_accepted() -> None:
         ("A='b\nc", "cannot read line 1 of /x: the quote ' is never closed", "close it in /x"),
         ("A='b\nc'\n\nB=\"d\n", 'cannot read line 4 of /x: the quote " is never closed', "close it in /x"),
         ('A="b\\', 'cannot read line 1 of /x: the quote " is never closed', "close it in /x"),
+        ("A=b\nC=\0", "cannot read line 2 of /x: it has a zero byte", "damaged: write /x anew"),
     ],
 )
 def test_what_cannot_be_read_is_named_by_line(text: str, message: str, hint: str) -> None:
@@ -168,7 +169,9 @@ def test_only_ever_a_layout_error(text: str) -> None:
 
 @given(
     values=st.dictionaries(
-        st.from_regex(r"[A-Z_][A-Z0-9_]{0,8}", fullmatch=True), st.text(max_size=20), max_size=4
+        st.from_regex(r"[A-Z_][A-Z0-9_]{0,8}", fullmatch=True),
+        st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20),
+        max_size=4,
     )
 )
 def test_what_a_shell_would_quote_comes_back(values: dict[str, str]) -> None:

@@ -152,6 +152,38 @@ def test_the_images_lines_are_found_again_in_what_was_rendered(image: str) -> No
     assert fstab.render([ROOT, USR_LOCAL], fstab.of_image(rendered)) == rendered
 
 
+def test_a_line_of_the_image_ends_at_a_newline_only() -> None:
+    """str.splitlines() would make a mount of what is a comment, and two lines of one name."""
+    image = "# a comment\x0c/dev/x /x ext4 rw 0 0\n/dev/y /a\u2028b ext4 rw 0 0\r\n"
+    assert fstab.render([], image) == fstab.HEADER + fstab.MARK + image
+
+
+def test_an_indented_comment_stays() -> None:
+    assert fstab.render([USR_LOCAL], "  # /usr/local is ours\n").endswith("  # /usr/local is ours\n")
+
+
+def test_blanks_of_other_scripts_are_none() -> None:
+    """getmntent(3) knows the blank and the tab."""
+    assert lines(USR_LOCAL, image="/dev/x\xa0/usr/local\t/y ext4\n")[1:] == ["/dev/x\xa0/usr/local\t/y ext4"]
+
+
+def test_every_field_is_escaped() -> None:
+    root = ROOT.replace(source="/run/initramfs/cos-state/a\n/dev/x /x ext4 rw")
+    odd = Mount(source="/dev/a b", target="/sysroot/c", fstype="a\tb", options=("x\n",), why=WHY)
+    assert lines(root, odd) == ["/dev/a\\040b /c a\\011b x\\012 0 0"]
+
+
+def test_a_comma_in_the_name_of_a_path_adds_no_option() -> None:
+    overlay = Overlay(target="/sysroot/a,ro", backing="/run/overlay/a,ro.overlay", why=WHY)
+    found = fstab.unescape(lines(overlay)[0]).split()[3].replace("\\,", "")
+    assert found.split(",")[3:] == [
+        "index=off",
+        "metacopy=off",
+        "x-systemd.requires-mounts-for=/run/overlay/aro.overlay",
+        "x-initrd.mount",
+    ]
+
+
 def test_the_images_line_is_recognised_in_its_escaped_spelling() -> None:
     ours = Mount(source="/dev/a", target="/sysroot/my data", fstype="ext4", why=WHY)
     assert lines(ours, image="/dev/b /my\\040data ext4 rw 0 0\n") == [

@@ -17,6 +17,15 @@ def write_all(log: Log) -> None:
     log.error("e")
 
 
+def test_a_name_on_a_disk_does_not_command_a_terminal() -> None:
+    log = Log(journal=False)
+    log.debug("LABEL=\x1b[2J\x9b\u2028\u202eä\nnext")
+    assert [line.partition("] ")[2] for line in log.lines] == [
+        "<7> LABEL=\\u001b[2J\\u009b\\u2028\\u202eä",
+        "<7> next",
+    ]
+
+
 def test_the_journal_gets_a_line_with_its_level_each(capfd: pytest.CaptureFixture[str]) -> None:
     log = Log(journal=True)
     write_all(log)
@@ -25,7 +34,7 @@ def test_the_journal_gets_a_line_with_its_level_each(capfd: pytest.CaptureFixtur
         "<7> d",
         "<6> i",
         "<6> j",
-        "<4> w\udcff",
+        "<4> w\\udcff",
         "<3> e",
     ]
 

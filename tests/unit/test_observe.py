@@ -134,6 +134,9 @@ def test_a_device_that_goes_while_one_looks(machine: Machine) -> None:
         ("a\\x5cx20", "a\\x20"),
         ("\\xzz", "\\xzz"),
         ("\\xff", "\udcff"),
+        ("\\x", "\\x"),
+        ("\\x2", "\\x2"),
+        ("\\x  a", "\\x  a"),
     ],
 )
 def test_decode(encoded: str, text: str) -> None:
@@ -160,6 +163,14 @@ MOUNTINFO = r"""
 37 28 0:40 / /sysroot/a\134b\043c\011d rw - overlay over\040lay rw,lowerdir=/x,upperdir=/y
 a line that is none
 """
+
+
+def test_a_mount_point_may_have_what_ends_a_line_elsewhere(tmp_path: Path) -> None:
+    """The kernel escapes blank, tab, newline and backslash; str.splitlines() knows ten other characters."""
+    names = ("/a\u2028b", "/a\x0bb", "/a\rb", "/a\x85b", "/a\x1cb")
+    lines = (f"1 2 0:1 / {name} rw - tmpfs tmpfs rw\n" for name in names)
+    (tmp_path / "mountinfo").write_bytes("".join(lines).encode())
+    assert [each.target for each in observe.mounts(str(tmp_path / "mountinfo"))] == [*names]
 
 
 def test_mounts(tmp_path: Path) -> None:
@@ -253,6 +264,15 @@ def test_recovery_leaves_a_layout_out_that_cannot_be_read(tmp_path: Path) -> Non
         "cannot read line 1 of /oem/cos-layout.env: 'nonsense' is not an assignment;"
         " this boot goes on without it",
     )
+
+
+@pytest.mark.parametrize("name", ["etc/cos/cos-layout.env", "oem/cos-layout.env", "etc/fstab"])
+def test_half_of_a_file_is_not_taken_for_it(tmp_path: Path, name: str) -> None:
+    write(tmp_path / name, "# much\n" * (observe.MAX_FILE_BYTES // 7 + 1))
+    with pytest.raises(MountError) as caught:
+        look(tmp_path)
+    assert caught.value.message == f"cannot read '/{name}': it is larger than 1024 KiB"
+    assert caught.value.hint == f"correct or remove /{name}, or boot another slot"
 
 
 def test_symlinks_stay_inside_the_image(tmp_path: Path) -> None:

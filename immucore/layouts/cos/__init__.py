@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from immucore.devices import Device, Devices, Wanted
 from immucore.errors import DeviceError, LayoutError
+from immucore.fstab import lines_of, mount_point
 from immucore.layouts.cos.modes import MODES, image_path, mode, partition
 from immucore.layouts.cos.names import directory_names
 from immucore.layouts.cos.settings import Volume, by_components, listed_paths, oem, read
@@ -275,8 +276,8 @@ def _persistent(settings: Settings, users_data: bool) -> dict[str, tuple[Operati
 def _tmp(image: Image, taken: set[str]) -> dict[str, tuple[Operation, ...]]:
     """Give /tmp a tmpfs, unless the layout or the image does something about it itself."""
     target = "/tmp"  # noqa: S108  the directory of the new root
-    lines = [line.split() for line in image.fstab.splitlines() if not line.startswith("#")]
-    if target in taken or target in [fields[1] for fields in lines if len(fields) > 1] or image.mounts_tmp:
+    theirs = [mount_point(line) for line in lines_of(image.fstab)]
+    if target in taken or target in theirs or image.mounts_tmp:
         return {}
     mount = Mount(
         source="tmpfs",

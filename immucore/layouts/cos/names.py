@@ -18,8 +18,9 @@ def directory_names(paths: Iterable[str]) -> dict[str, str]:
     another.
     """
     plain = {path: path.strip("/").replace("/", "-") for path in paths}
-    taken = [*plain.values()]
-    return {path: name if taken.count(name) == 1 else _escaped(path) for path, name in plain.items()}
+    first: dict[str, str] = {}
+    shared = {name for path, name in plain.items() if first.setdefault(name, path) != path}
+    return {path: _escaped(path) if name in shared else name for path, name in plain.items()}
 
 
 def _escaped(path: str) -> str:
