@@ -46,7 +46,7 @@ check: deps  ## ruff, mypy --strict, shellcheck
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	shellcheck $(filter-out %.service,$(wildcard dracut-module/50immucore/*)) vm-tests/guest/*.sh .ci/run
+	shellcheck $(filter-out %.service,$(wildcard dracut-module/50immucore/*)) dracut-module/immucore.shutdown vm-tests/guest/*.sh .ci/run
 
 unit: deps freeze  ## unit, golden and integration tests; at least 90 % of immucore/ has to be covered
 	$(BIN)/pytest tests --cov --cov-report=term --cov-fail-under=90
@@ -66,6 +66,7 @@ install:  ## put the frozen agent and its dracut module into DESTDIR
 	install -D -t "$(DESTDIR)/usr/lib/dracut/modules.d/50immucore" dracut-module/50immucore/*
 	chmod 644 "$(DESTDIR)"/usr/lib/dracut/modules.d/50immucore/*.service
 	install -D -m 644 -t "$(DESTDIR)/usr/lib/dracut/dracut.conf.d" dracut-module/50-immucore.conf
+	install -D -t "$(DESTDIR)/usr/lib/systemd/system-shutdown" dracut-module/immucore.shutdown
 
 images: deps freeze  ## build the test derivatives: root trees, initramfs images, slot images
 	$(BIN)/python vm-tests/derivative.py

@@ -257,13 +257,18 @@ def _tell(boot: Boot, error: ImmucoreError | None, reasons: list[str]) -> None:
 
 def _write(boot: Boot, result: dict[str, object], reasons: list[str]) -> None:
     """Write the record; its last file says that the others are complete. Raises OSError."""
+    table = observe.mounts()
     files = {
         "plan.json": report.json(report.plan(boot.plan)) + "\n",
         "steps.json": report.json(report.steps(boot.record)) + "\n",
-        "mounts": report.mount_points(boot.record, boot.kernel.path, observe.mounts()),
+        "mounts": report.mount_points(boot.record, boot.kernel.path, table),
         "immucore.log": "".join(f"{line}\n" for line in boot.log.lines),
         "result.json": report.json(result) + "\n",
     }
+    if result["outcome"] != "failed":
+        done = [step.operation for step in boot.record if step.outcome in SUCCEEDED]
+        noted = fstab.utab(done, table, boot.kernel.path, observe.text(fstab.UTAB))
+        boot.kernel.write_file(fstab.UTAB, noted)
     for name, content in files.items():
         boot.kernel.write_file(f"{report.DIRECTORY}/{name}", content)
     if reasons:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from immucore.plan import REQUIRED, Bind, Loop, Mount, Operation, Overlay, as_booted, is_below
+from immucore.plan import REQUIRED, SYSROOT, Bind, Loop, Mount, Operation, Overlay, as_booted, is_below
 
 TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
+
+    from immucore.observe import MountPoint
 
 HEADER = "# Written by immucore at every boot, from what it mounted.\n"
+UTAB = "/run/mount/utab"
+OUTLIVES = "x-initrd.mount"  # systemd.mount(5): stays mounted until everything else has ended
 MARK = "# The image's own lines:\n"
 
 
@@ -68,18 +72,15 @@ def _line(operation: Mount | Bind | Overlay, done: list[Mount | Bind | Overlay])
     elif isinstance(operation, Overlay):
         backing = as_booted(operation.backing)
         source, fstype = "overlay", "overlay"
-        options = [f"{key}={path}" for key, path in overlay_paths(target, backing)] + [
-            "index=off",
-            "metacopy=off",
-        ]
-        options.append("x-systemd.requires-mounts-for=" + backing.replace(",", "\\,"))
+        options = [f"{key}={path}" for key, path in overlay_paths(target, backing)]
+        options += ["index=off", "metacopy=off"]
     else:
         source, fstype = operation.fstab_name or operation.source, operation.fstype
         options = [*operation.options] or ["defaults"]
     if operation.criticality != REQUIRED and "nofail" not in options:
         options.append("nofail")
-    if _outlives_shutdown(operation, done):
-        options.append("x-initrd.mount")
+    if is_below(operation.target, SYSROOT) and _outlives_shutdown(operation, done):
+        options.append(OUTLIVES)  # below /run it would be taken for something to mount below /sysroot/run
     return " ".join([*map(escape, (source, target, fstype, ",".join(options))), "0", "0"])
 
 
@@ -98,20 +99,42 @@ def overlay_paths(target: str, backing: str) -> tuple[tuple[str, str], ...]:
 def _outlives_shutdown(operation: Mount | Bind | Overlay, done: list[Mount | Bind | Overlay]) -> bool:
     """Tell what systemd must not unmount while services end: overlays, binds and what they stand on.
 
-    x-initrd.mount says so (systemd.mount(5)). Below /run it would be taken for something to mount below
-    /sysroot/run; there nothing is needed, because overlayfs keeps its upper layer and systemd leaves
-    /run/initramfs alone.
+    Something may be open in them to the end: the hwdb of udev in /etc, what a container that outlives its
+    service has below /var. A volume with nothing of ours on it is unmounted as on any machine.
     """
-    if not is_below(operation.target, "/sysroot"):
-        return False
     if isinstance(operation, Bind | Overlay):
         return True
-    stands_on = [
-        other.source if isinstance(other, Bind) else other.backing
+    return any(
+        is_below(path, operation.target)
         for other in done
         if not isinstance(other, Mount)
-    ]
-    return any(is_below(path, operation.target) for path in stands_on)
+        for path in (other.target, other.source if isinstance(other, Bind) else other.backing)
+    )
+
+
+def utab(
+    operations: Iterable[Operation],
+    table: Iterable[MountPoint],
+    real: Callable[[str], str],
+    before: str,
+) -> str:
+    """Render /run/mount/utab, where mount(8) notes the options that the kernel does not know.
+
+    systemd takes x-initrd.mount from there: of what is mounted it asks the kernel and libmount, not fstab.
+    `real` takes the symlinks out of a path, `before` is what the file says already.
+    """
+    done = [operation for operation in operations if isinstance(operation, Mount | Bind | Overlay)]
+    found = {mount.target: mount for mount in table}
+    lines = before.splitlines(keepends=True)
+    for operation in done:
+        target = real(operation.target)
+        if target in found and _outlives_shutdown(operation, done):
+            mount = found[target]
+            fields = {"SRC": mount.source, "TARGET": as_booted(target), "ROOT": mount.root, "OPTS": OUTLIVES}
+            line = " ".join(f"{key}={escape(value)}" for key, value in fields.items()) + "\n"
+            if line not in lines:
+                lines.append(line)
+    return "".join(lines)
 
 
 def escape(text: str) -> str:

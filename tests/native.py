@@ -430,4 +430,12 @@ class Machine:
         try:
             yield self.path(target)
         finally:
-            self.run("umount", target)
+            self._unmount(target)
+
+    def _unmount(self, target: str) -> None:
+        for _attempt in range(100):  # the kernel lets an image go a moment after its umount(8)
+            with suppress(RuntimeError):
+                self.run("umount", target)
+                return
+            time.sleep(0.02)
+        self.run("umount", target)

@@ -181,6 +181,7 @@ def test_a_second_run_changes_nothing(machine: Machine, agent: Sequence[str], la
     layout(machine, layout_text)
     first = machine.boot(ACTIVE, agent)
     fstab = machine.path("/sysroot/etc/fstab").read_text()
+    utab = machine.path("/run/mount/utab").read_text()
     table = machine.run("cat", "/proc/self/mountinfo")
 
     second = machine.boot(ACTIVE, agent)
@@ -189,6 +190,7 @@ def test_a_second_run_changes_nothing(machine: Machine, agent: Sequence[str], la
     assert machine.run("cat", "/proc/self/mountinfo") == table
     assert second.outcomes() == dict.fromkeys(first.outcomes(), "present")
     assert machine.path("/sysroot/etc/fstab").read_text() == fstab
+    assert machine.path("/run/mount/utab").read_text() == utab
     assert (second.files["mounts"], second.plan) == (first.files["mounts"], first.plan)
     machine.run("sh", GUARD)
 

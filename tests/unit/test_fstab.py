@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from immucore import fstab
+from immucore.observe import MountPoint
 from immucore.plan import (
     IMPORTANT,
     OPTIONAL,
@@ -79,8 +80,7 @@ def test_the_root_is_a_comment() -> None:
 def test_an_overlay_names_its_directories_as_the_booted_system_has_them() -> None:
     assert lines(ETC) == [
         "overlay /etc overlay lowerdir=/etc,upperdir=/run/overlay/etc.overlay/upper,"
-        "workdir=/run/overlay/etc.overlay/work,index=off,metacopy=off,"
-        "x-systemd.requires-mounts-for=/run/overlay/etc.overlay,x-initrd.mount 0 0"
+        "workdir=/run/overlay/etc.overlay/work,index=off,metacopy=off,x-initrd.mount 0 0"
     ]
 
 
@@ -119,6 +119,44 @@ def test_what_others_stand_on_outlives_shutdown() -> None:
         "/etc",
         "/home",
     }
+
+
+def test_what_others_are_mounted_in_outlives_shutdown() -> None:
+    """Or systemd, which unmounts a mount point before its parent, takes the child along."""
+    volume = Mount(source="/dev/b", target="/sysroot/data", fstype="ext4", why=WHY)
+    bind = Bind(source="/sysroot/usr/local/.state/data-x.bind", target="/sysroot/data/x", why=WHY)
+    assert "x-initrd.mount" not in lines(volume)[0]
+    assert "x-initrd.mount" in lines(volume, bind)[0]
+
+
+def there(target: str, source: str, root: str = "/") -> MountPoint:
+    return MountPoint(
+        target=target, root=root, device="8:1", options="", fstype="x", source=source, superblock_options=""
+    )
+
+
+def test_utab_tells_systemd_what_outlives_shutdown() -> None:
+    bind = Bind(source="/sysroot/usr/local/.state/my home.bind", target="/sysroot/home", why=WHY)
+    other = Mount(source="/dev/b", target="/sysroot/data", fstype="ext4", why=WHY)
+    table = [
+        there("/run/overlay", "immucore-overlay"),
+        there("/sysroot/usr/local", "/dev/vda5"),
+        there("/sysroot/private/etc", "overlay"),
+        there("/sysroot/home", "/dev/vda5", "/.state/my home.bind"),
+        there("/sysroot/data", "/dev/b"),
+    ]
+    done = [BASE, USR_LOCAL, ETC, bind, other]
+
+    text = fstab.utab(done, table, lambda path: path.replace("/etc", "/private/etc"), "SRC=a TARGET=/b\n")
+
+    assert text.splitlines() == [
+        "SRC=a TARGET=/b",
+        "SRC=immucore-overlay TARGET=/run/overlay ROOT=/ OPTS=x-initrd.mount",
+        "SRC=/dev/vda5 TARGET=/usr/local ROOT=/ OPTS=x-initrd.mount",
+        "SRC=overlay TARGET=/private/etc ROOT=/ OPTS=x-initrd.mount",
+        "SRC=/dev/vda5 TARGET=/home ROOT=/.state/my\\040home.bind OPTS=x-initrd.mount",
+    ]
+    assert fstab.utab(done, table, lambda path: path.replace("/etc", "/private/etc"), text) == text
 
 
 def test_the_last_mount_on_a_mount_point_is_its_line() -> None:
@@ -176,12 +214,7 @@ def test_every_field_is_escaped() -> None:
 def test_a_comma_in_the_name_of_a_path_adds_no_option() -> None:
     overlay = Overlay(target="/sysroot/a,ro", backing="/run/overlay/a,ro.overlay", why=WHY)
     found = fstab.unescape(lines(overlay)[0]).split()[3].replace("\\,", "")
-    assert found.split(",")[3:] == [
-        "index=off",
-        "metacopy=off",
-        "x-systemd.requires-mounts-for=/run/overlay/aro.overlay",
-        "x-initrd.mount",
-    ]
+    assert found.split(",")[3:] == ["index=off", "metacopy=off", "x-initrd.mount"]
 
 
 def test_the_images_line_is_recognised_in_its_escaped_spelling() -> None:
