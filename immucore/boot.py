@@ -70,7 +70,7 @@ class Boot:
             line = file.read()
         self.cmdline = cmdline.parse(line)
         self.log.debug_wanted = self.cmdline.debug
-        self.log.debug(f"command line: {line.decode('utf-8', 'backslashreplace').strip()}")
+        self.log.debug(f"command line: {cmdline.redacted(line)}")
         self.log.debug(f"parsed: {self.cmdline}")
         if not (self.cmdline.engaged or self.cmdline.bystander):
             self.log.info("nothing to do: the kernel command line names no image (cos-img/filename=)")
@@ -215,6 +215,7 @@ def _finish(boot: Boot, error: ImmucoreError | None) -> int:
     reasons = report.degraded(boot.record)
     status = error.exit_status if error else 0
     _tell(boot, error, reasons)
+    files: dict[str, str] = {}
     try:
         result = report.result(
             outcome="failed" if error else "degraded" if reasons else "ok",
@@ -226,10 +227,20 @@ def _finish(boot: Boot, error: ImmucoreError | None) -> int:
             started_usec=boot.started_usec,
             ended_usec=time.monotonic_ns() // 1000,
         )
-        _write(boot, result, reasons)
+        table = observe.mounts()
+        files = _record(boot, result, table)
+        if not error:
+            done = [step.operation for step in boot.record if step.outcome in SUCCEEDED]
+            noted = fstab.utab(done, table, boot.kernel.path, observe.text(fstab.UTAB))
+            boot.kernel.write_file(fstab.UTAB, noted)
+        _write(boot, files, reasons)
     except OSError as failure:
         boot.log.error(f"cannot write the record to {report.DIRECTORY}: {failure.strerror}")
         status = status or BUG
+    if error or reasons:
+        from immucore import evidence  # a healthy boot does without
+
+        evidence.keep(boot, files)
     if error:
         report.to_consoles(report.summary(error, None))
     elif reasons:
@@ -252,23 +263,24 @@ def _tell(boot: Boot, error: ImmucoreError | None, reasons: list[str]) -> None:
             f"{mounted}, degraded: {'; '.join(reasons)}" if reasons else mounted,
         )
     if error or boot.cmdline.debug:
-        boot.log.debug("mountinfo:\n" + observe.text("/proc/self/mountinfo"))
+        from immucore import evidence
+
+        boot.log.debug("mountinfo:\n" + evidence.mountinfo())
 
 
-def _write(boot: Boot, result: dict[str, object], reasons: list[str]) -> None:
-    """Write the record; its last file says that the others are complete. Raises OSError."""
-    table = observe.mounts()
-    files = {
+def _record(boot: Boot, result: dict[str, object], table: tuple[observe.MountPoint, ...]) -> dict[str, str]:
+    """Give the files of the record."""
+    return {
         "plan.json": report.json(report.plan(boot.plan)) + "\n",
         "steps.json": report.json(report.steps(boot.record)) + "\n",
         "mounts": report.mount_points(boot.record, boot.kernel.path, table),
         "immucore.log": "".join(f"{line}\n" for line in boot.log.lines),
         "result.json": report.json(result) + "\n",
     }
-    if result["outcome"] != "failed":
-        done = [step.operation for step in boot.record if step.outcome in SUCCEEDED]
-        noted = fstab.utab(done, table, boot.kernel.path, observe.text(fstab.UTAB))
-        boot.kernel.write_file(fstab.UTAB, noted)
+
+
+def _write(boot: Boot, files: dict[str, str], reasons: list[str]) -> None:
+    """Write the record; its last file says that the others are complete. Raises OSError."""
     for name, content in files.items():
         boot.kernel.write_file(f"{report.DIRECTORY}/{name}", content)
     if reasons:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 LSBLK = "lsblk --bytes --pairs --output PATH,FSTYPE,LABEL,UUID,PARTLABEL,PARTUUID,PKNAME,SIZE"
 _DESCRIPTION = "The early-boot agent of image-based Linux: from a disk with images to a running system."
 _SOURCES = "By default it looks at this machine: /proc/cmdline, the udev database, the image that is booted."
+_EVIDENCE = (
+    "what failed, what to do about it, at which step, which devices were seen, where the evidence is."
+)
 
 
 def devices_from(text: str, name: str) -> Devices:
@@ -121,6 +124,18 @@ def _remarks(plan: Plan) -> None:
         print(f"warning: {warning}")
 
 
+def _doctor(arguments: argparse.Namespace) -> int:
+    from immucore import doctor
+
+    found = doctor.examine(arguments.directory)
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    for line in doctor.report_of(found):
+        print(line)
+    return 0
+
+
 def _self_test(_: argparse.Namespace) -> int:
     problems = self_test()
     for problem in problems:
@@ -150,6 +165,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--json", action="store_true", help="for programs")
         if name == "explain":
             command.add_argument("path", nargs="?", metavar="PATH", help="only what decides about this path")
+    text = "say what became of this boot, and of the last one that went wrong"
+    command = commands.add_parser("doctor", help=text, description=f"{text.capitalize()}: {_EVIDENCE}")
+    command.set_defaults(run=_doctor)
+    command.add_argument("--json", action="store_true", help="for programs")
+    command.add_argument("directory", nargs="?", metavar="DIR", default="", help="only what lies here")
     test = commands.add_parser(
         "self-test", help="import every module and open every library of this program"
     )

@@ -222,3 +222,46 @@ def parse(line: bytes) -> Cmdline:
         elif key in _FSCK and value not in _FSCK[key]:
             warnings.append(f"'{shown}' on the kernel command line is not supported yet: nothing is checked")
     return Cmdline(**values, warnings=tuple(warnings))
+
+
+# What is shown of other people's command line. By name, because nobody can tell a secret by its looks.
+_NAMES = """
+    boot_image cos_img/filename elemental.image elemental.mode elemental.overlay elemental.oemlabel
+    elemental.oemtimeout elemental.disable root rootfstype rootflags rootdelay rootwait ro rw init rdinit
+    resume noresume quiet debug splash single fsck.mode fsck.repair console earlycon earlyprintk loglevel
+    ignore_loglevel log_buf_len printk.devkmsg printk.time panic oops nomodeset fbcon vga video
+    plymouth.enable net.ifnames biosdevname ip vconsole.keymap locale.lang selinux enforcing autorelabel
+    security lsm apparmor audit crashkernel mitigations nokaslr norandmaps cryptomgr.notests max_loop
+    loop.max_loop modprobe.blacklist module_blacklist pci acpi apic noapic nolapic nosmp maxcpus nr_cpus mem
+    tsc clocksource iommu intel_iommu amd_iommu idle intel_idle.max_cstate processor.max_cstate nmi_watchdog
+    softlockup_panic hung_task_panic usbcore.autosuspend random.trust_cpu cgroup_enable cgroup_memory
+    """
+_HARMLESS = frozenset(_NAMES.split())
+_OURS = ("rd.cos.", "rd.immucore.")
+_MOSTLY_HARMLESS = ("rd.", "systemd.", "scsi_mod.", "nvme_core.", "libata.", "dm_mod.", "raid")
+_TELLING = ("pass", "secret", "token", "cred", "auth", "chap", "user", "setenv", "systemd.run")
+
+
+def redacted(line: bytes) -> str:
+    """Spell a command line as a log may show it: `key=…` unless the key is known to carry no secret.
+
+    What follows `--` is for init, and is left out.
+    """
+    return " ".join(_shown(key, value) for key, value in words(line.removesuffix(b"\n")))
+
+
+def harmless(key: str, value: str) -> bool:
+    """Tell whether a parameter may be shown to everybody who reads a log."""
+    key = key.replace("-", "_").lower()
+    if key.startswith(_OURS):
+        return True
+    known = key in _HARMLESS or key.startswith(_MOSTLY_HARMLESS)
+    # user:password@host stands in root=, of all places.
+    return known and "@" not in value and not any(telling in key for telling in _TELLING)
+
+
+def _shown(key: str, value: str | None) -> str:
+    if value is None:
+        return key
+    word = f"{key}={value}" if harmless(key, value) else f"{key}=…"
+    return f'"{word}"' if any(blank in word for blank in BLANKS) else word

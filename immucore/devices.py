@@ -117,3 +117,12 @@ class Wanted(Record):
 
     spec: str
     timeout_sec: int  # 0: for ever
+
+
+class Place(Record):
+    """A partition of the machine's own that can take the evidence of a boot that went wrong."""
+
+    device: Device
+    path: str  # where the booted system sees it
+    own_disk: bool  # it is on the disk of the state partition; no other may be a removable one
+    remount: bool = False  # it is mounted read-only on purpose, and made writable for the moment

@@ -143,7 +143,7 @@ def summary(error: ImmucoreError, step: Step | None) -> str:
     """Say what a person at the console has to know: what, why, and what to type."""
     doing = f"\n  while: {step.operation} ({step.operation.why})" if step else ""
     hint = f"\n  hint: {error.hint}" if error.hint else ""
-    return f"immucore: {error.message}{doing}{hint}\n  The boot stops here. More: {DIRECTORY}/immucore.log"
+    return f"immucore: {error.message}{doing}{hint}\n  The boot stops here. More: immucore doctor"
 
 
 def to_consoles(message: str) -> None:

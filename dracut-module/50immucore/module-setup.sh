@@ -84,6 +84,9 @@ install() {
     local guard=$_bundle/immucore-guard generator=/usr/lib/systemd/system-generators/immucore-generator dash
 
     _install_bundle || exit 1
+    # What the last words of a failed boot tell people to type.
+    mkdir -p "$initdir/usr/bin"
+    ln -sfn ../lib/immucore/immucore "$initdir/usr/bin/immucore"
     inst_script "$moddir/immucore-guard" "$guard" || exit 1
     inst_script "$moddir/immucore-generator" "$generator" || exit 1
     # Every boot waits for these two, and dash takes half of bash's time, which dracut 059 makes /bin/sh even on Debian.

@@ -217,8 +217,8 @@ def test_summary() -> None:
         "immucore: cannot mount /dev/a on /a: Input/output error\n"
         "  while: mount /dev/a on /sysroot/a b (ext4, ro) (VOLUMES has it)\n"
         "  hint: see dmesg\n"
-        "  The boot stops here. More: /run/immucore/immucore.log"
+        "  The boot stops here. More: immucore doctor"
     )
     assert report.summary(MountError("cannot"), None) == (
-        "immucore: cannot\n  The boot stops here. More: /run/immucore/immucore.log"
+        "immucore: cannot\n  The boot stops here. More: immucore doctor"
     )

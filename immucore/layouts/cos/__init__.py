@@ -7,12 +7,20 @@ Pure: command line, devices and what the image says in, plans out.
 
 from __future__ import annotations
 
-from immucore.devices import Device, Devices, Wanted
-from immucore.errors import DeviceError, LayoutError
+from immucore.devices import Device, Devices, Place, Wanted
+from immucore.errors import CmdlineError, DeviceError, LayoutError
 from immucore.fstab import lines_of, mount_point
 from immucore.layouts.cos.modes import MODES, image_path, mode, partition
 from immucore.layouts.cos.names import directory_names
-from immucore.layouts.cos.settings import Volume, by_components, listed_paths, oem, read
+from immucore.layouts.cos.settings import (
+    OEM,
+    PERSISTENT_VOLUME,
+    Volume,
+    by_components,
+    listed_paths,
+    oem,
+    read,
+)
 from immucore.plan import (
     IMPORTANT,
     OPTIONAL,
@@ -36,7 +44,17 @@ if TYPE_CHECKING:
     from immucore.image import Image
     from immucore.layouts.cos.settings import Settings
 
-__all__ = ["lenient", "listed_paths", "mode", "root", "root_devices", "sentinels", "state", "state_devices"]
+__all__ = [
+    "evidence_places",
+    "lenient",
+    "listed_paths",
+    "mode",
+    "root",
+    "root_devices",
+    "sentinels",
+    "state",
+    "state_devices",
+]
 
 STATE = "/run/initramfs/cos-state"
 OVERLAY_BASE = "/run/overlay"
@@ -162,6 +180,30 @@ def sentinels(cmdline: Cmdline) -> Plan:
         ),
         warnings=() if cmdline.engaged else cmdline.warnings,
     )
+
+
+def evidence_places(cmdline: Cmdline, devices: Devices) -> tuple[Place, ...]:
+    """List where the evidence of a boot that went wrong may be kept, the best place first.
+
+    Only what a boot would mount itself; without the state partition nobody knows which disk is the machine's
+    own.
+    """
+    try:
+        state = devices.find(partition(cmdline))
+    except (CmdlineError, DeviceError):  # that may be what went wrong
+        state = None
+    places = []
+    persistent, _, mountpoint = PERSISTENT_VOLUME.partition(":")
+    for spec, path in ((oem(cmdline).spec, OEM), (persistent, mountpoint)):
+        try:
+            device = devices.find(spec, near=state)
+        except DeviceError:
+            continue
+        own = state is not None and device.disk == state.disk
+        places.append(Place(device=device, path=path, own_disk=own))
+    if state is not None:
+        places.append(Place(device=state, path=STATE, own_disk=True, remount=True))
+    return tuple(places)
 
 
 def _mount(device: Device, target: str, options: tuple[str, ...], why: str, criticality: str) -> Operation:

@@ -1,0 +1,412 @@
+"""What a boot that went wrong leaves on the disk, so that somebody can read it after the next one.
+
+Imported only by a boot that failed, is degraded or is another than the one asked for, and by `immucore
+doctor`. A record is a directory `immucore/boot-<counter>-<boot id>` on a partition of the machine's own. It
+holds no secret, is bounded, and appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import stat
+import time
+
+from immucore import cmdline, layouts, observe, report, syscalls
+from immucore.devices import MEMBERS
+from immucore.plan import Mount
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from immucore.boot import Boot
+    from immucore.devices import Device, Devices, Place
+    from immucore.plan import Plan
+
+DIRECTORY = "immucore"  # on the partition
+NAME = re.compile(r"boot-([0-9]{6,9})-([0-9a-f]{8})")
+UNFINISHED = ".new"
+KEPT = 5
+LIMIT_SEC = 5.0  # so long may a disk that does not answer hold up the emergency shell (contract §7)
+CUT = "[... {} bytes left out ...]\n"
+# How much is kept of each file; what is longer keeps its beginning, a log its end. In the order of writing.
+LIMITS = {
+    "result.json": 32 << 10,
+    "devices.json": 48 << 10,
+    "immucore.log": 96 << 10,
+    "steps.json": 128 << 10,
+    "plan.json": 88 << 10,
+    "cmdline": 8 << 10,
+    "mountinfo": 48 << 10,
+    "dmesg": 64 << 10,
+}
+LOGS = ("immucore.log", "dmesg")
+# What is written where there is no room for all.
+ESSENTIAL = {"result.json": 8 << 10, "immucore.log": 8 << 10, "devices.json": 8 << 10}
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_LINKS = 0x14 | 0x01  # openat2(2): RESOLVE_IN_ROOT | RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV
+
+
+class Unusable(Exception):
+    """A place that is left alone, and why."""
+
+
+def keep(boot: Boot, files: Mapping[str, str]) -> None:
+    """Keep the record of a boot, and what it was met with, on the disk; whatever fails here is one log line.
+
+    What /run/immucore gets too: the table of devices, and where the evidence lies.
+    """
+    try:
+        _keep(boot, files)
+    except Exception as failure:  # noqa: BLE001  the boot has failed already: this must not make it worse
+        boot.log.warning(f"cannot keep the evidence of this boot: {type(failure).__name__}: {failure}")
+
+
+def _keep(boot: Boot, files: Mapping[str, str]) -> None:
+    devices = boot.devices if boot.devices.all else observe.devices()
+    layout = layouts.select(boot.cmdline)
+    table = device_table(devices, boot.plan)
+    with open("/proc/cmdline", "rb") as file:
+        line = file.read()
+    contents = {
+        **files,
+        "devices.json": report.json({"schema": report.SCHEMA, "devices": table}) + "\n",
+        "cmdline": cmdline.redacted(line) + "\n",
+        "mountinfo": mountinfo(),
+        "dmesg": without_secrets(kernel_log(), line),
+    }
+    boot.kernel.write_file(f"{report.DIRECTORY}/devices.json", contents["devices.json"])
+    where, reasons = save(bounded(contents, LIMITS), layout.evidence_places(boot.cmdline, devices))
+    if where:
+        boot.kernel.write_file(f"{report.DIRECTORY}/evidence", f"{where}\n")
+        boot.log.info(f"the evidence of this boot is kept: {where}")
+    else:
+        why = "; ".join(reasons) or "no partition of the machine's own is there"
+        boot.log.warning(f"cannot keep the evidence of this boot: {why}")
+
+
+def save(
+    contents: Mapping[str, bytes], places: tuple[Place, ...], limit_sec: float = LIMIT_SEC
+) -> tuple[str, list[str]]:
+    """Write the contents to the first place that takes them; return where they are, and why not elsewhere.
+
+    In a process of its own: one that a dying disk does not let go is left behind when the time is over.
+    """
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)
+            try:
+                answer = _save(contents, places)
+            except Exception as failure:  # noqa: BLE001  to be told by the parent
+                answer = ("", [f"{type(failure).__name__}: {failure}"])
+            os.write(write, json.dumps(answer).encode()[: 1 << 15])
+        finally:
+            os._exit(0)
+    os.close(write)
+    said = b""
+    try:
+        deadline = time.monotonic() + limit_sec
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([read], [], [], left)[0]:
+                os.kill(child, signal.SIGKILL)
+                return "", [f"the disk took longer than {limit_sec:g} s"]
+            if not (block := os.read(read, 1 << 16)):
+                break
+            said += block
+        os.waitpid(child, 0)
+    finally:
+        os.close(read)
+    where, reasons = json.loads(said or '["", ["it was killed"]]')
+    return where, reasons
+
+
+def _save(contents: Mapping[str, bytes], places: tuple[Place, ...]) -> tuple[str, list[str]]:
+    identity = observe.text("/proc/sys/kernel/random/boot_id").replace("-", "")[:8]
+    reasons: list[str] = []
+    # The newest of the older records goes only where no place takes the new one otherwise.
+    for spare in (1, 0):
+        reasons = []
+        for place in places:
+            try:
+                name = _save_at(place, contents, identity, spare)
+            except (OSError, Unusable) as failure:
+                reasons.append(f"{place.device.path}: {getattr(failure, 'strerror', None) or failure}")
+            else:
+                return f"{place.path}/{DIRECTORY}/{name} ({place.device.path})", reasons
+    return "", reasons
+
+
+def _save_at(place: Place, contents: Mapping[str, bytes], identity: str, spare: int) -> str:
+    _refuse(place)
+    tree = Tree(place.device, read_only=place.remount)
+    try:
+        if place.remount:
+            tree.reconfigure("rw")
+        directory = -1
+        try:
+            directory = open_records(tree.top, make=True)
+            return write_record(directory, contents, identity, spare=spare)
+        finally:
+            if directory >= 0:
+                os.close(directory)
+            if place.remount:
+                tree.reconfigure("ro")
+    finally:
+        tree.close()
+
+
+def _refuse(place: Place) -> None:
+    """Refuse what is not ours to write to, or would be harmed by it. Raises Unusable and OSError."""
+    device = place.device
+    name = device.disk.removeprefix("/dev/").replace("/", "!")
+    if not place.own_disk and observe.text(f"/sys/class/block/{name}/removable").strip() == "1":
+        raise Unusable("it is on a removable disk")
+    number = os.stat(device.path).st_rdev
+    mounted = f"{os.major(number)}:{os.minor(number)}"
+    for mount in observe.mounts():
+        if mount.device != mounted:
+            continue
+        if "ro" in mount.superblock_options.split(","):
+            if "rw" in mount.options.split(","):
+                raise Unusable("the kernel has made it read-only because of errors")
+            if not place.remount:
+                raise Unusable("it is mounted read-only")
+    if device.fstype.startswith("ext"):
+        with open(device.path, "rb", buffering=0) as file:
+            file.seek(1024 + 0x38)  # struct ext4_super_block: s_magic, s_state
+            block = file.read(4)
+        if block[:2] != b"\x53\xef" or block[2] & 2:  # EXT4_ERROR_FS
+            raise Unusable("its file system is damaged")
+
+
+class Tree:
+    """A mount of a device that nobody else sees: it ends with its last descriptor, whatever happens.
+
+    Where the device is mounted already, this is one more mount of the same file system (fsmount(2)).
+    """
+
+    _SET_FLAG, _SET_STRING, _CREATE, _RECONFIGURE = 0, 1, 6, 7  # linux/mount.h: FSCONFIG_…
+    _NR_FSOPEN, _NR_FSCONFIG, _NR_FSMOUNT, _NR_FSPICK = 430, 431, 432, 433
+
+    def __init__(self, device: Device, *, read_only: bool, flags: tuple[str, ...] = ()) -> None:
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        context = self._call(self._NR_FSOPEN, device.fstype.encode(), 1)
+        try:
+            path = os.fsencode(device.path)
+            self._call(self._NR_FSCONFIG, context, self._SET_STRING, b"source", path, 0)
+            for flag in (*(("ro",) if read_only else ()), *flags):
+                self._call(self._NR_FSCONFIG, context, self._SET_FLAG, flag.encode(), None, 0)
+            self._call(self._NR_FSCONFIG, context, self._CREATE, None, None, 0)
+            self.top = self._call(self._NR_FSMOUNT, context, 1, 0)
+        finally:
+            os.close(context)
+
+    def reconfigure(self, flag: str) -> None:
+        """Make the file system `rw` or `ro`; other mounts of it stay what they are."""
+        picked = self._call(self._NR_FSPICK, self.top, b"", 1 | 8)  # FSPICK_CLOEXEC, FSPICK_EMPTY_PATH
+        try:
+            self._call(self._NR_FSCONFIG, picked, self._SET_FLAG, flag.encode(), None, 0)
+            self._call(self._NR_FSCONFIG, picked, self._RECONFIGURE, None, None, 0)
+        finally:
+            os.close(picked)
+
+    def close(self) -> None:
+        """Let the mount go."""
+        os.close(self.top)
+
+    def _call(self, number: int, *arguments: int | bytes | None) -> int:
+        words = [ctypes.c_long(each) if isinstance(each, int) else each for each in arguments]
+        answer = int(self._libc.syscall(ctypes.c_long(number), *words))
+        if answer < 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        return answer
+
+
+def open_records(top: int, *, make: bool = False) -> int:
+    """Open the directory of records below `top`, and no other: no symlink is followed. Raises OSError."""
+    flags = os.O_RDONLY | os.O_DIRECTORY
+    try:
+        return syscalls.openat2(top, DIRECTORY, flags, _NO_LINKS)
+    except FileNotFoundError:
+        if not make:
+            raise
+    os.mkdir(DIRECTORY, 0o700, dir_fd=top)
+    return syscalls.openat2(top, DIRECTORY, flags, _NO_LINKS)
+
+
+def records(directory: int) -> list[str]:
+    """List the names of the records in a directory, the oldest first."""
+    return sorted(filter(NAME.fullmatch, os.listdir(directory)), key=_order)
+
+
+def _order(name: str) -> tuple[int, str]:
+    found = NAME.fullmatch(name)
+    return (int(found[1]) if found else 0, name)
+
+
+def write_record(directory: int, contents: Mapping[str, bytes], identity: str, *, spare: int = 1) -> str:
+    """Write a record into a directory, and return its name; the last five are kept. Raises OSError.
+
+    Where the room does not suffice, older records go first, but for `spare` of them; then only the essential
+    is written. Another record of the same boot is replaced.
+    """
+    for name in os.listdir(directory):
+        if name.endswith(UNFINISHED) and NAME.fullmatch(name.removesuffix(UNFINISHED)):
+            _remove(directory, name)  # of a boot that was cut off here
+    older = records(directory)
+    counter = min(_order(older[-1])[0] + 1 if older else 1, 999_999_999)
+    name = f"boot-{counter:06}-{identity}"
+    remaining = list(older)
+    attempt = contents
+    while True:
+        try:
+            _write(directory, f"{name}{UNFINISHED}", attempt, partial=attempt is not contents)
+            break
+        except OSError as failure:
+            _remove(directory, f"{name}{UNFINISHED}")
+            if failure.errno not in _FULL:
+                raise
+            if len(remaining) > spare:
+                _remove(directory, remaining.pop(0))
+            elif attempt is contents:
+                attempt = bounded(
+                    {each: contents[each] for each in ESSENTIAL if each in contents}, ESSENTIAL
+                )
+            else:
+                raise
+    if name in remaining:
+        _remove(directory, name)
+    os.rename(f"{name}{UNFINISHED}", name, src_dir_fd=directory, dst_dir_fd=directory)
+    os.fsync(directory)
+    same = [each for each in remaining if each != name and each.endswith(f"-{identity}")]
+    others = [each for each in remaining if each != name and each not in same]
+    for each in (*same, *others[: max(0, len(others) - KEPT + 1)]):
+        _remove(directory, each)
+    return name
+
+
+def _write(directory: int, name: str, contents: Mapping[str, bytes], *, partial: bool) -> None:
+    """Write the files of a record, each safe on the disk. `partial`: the first of them suffices."""
+    os.mkdir(name, 0o700, dir_fd=directory)
+    record = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        for number, (file, content) in enumerate(contents.items()):
+            try:
+                _write_file(record, file, content)
+            except OSError as failure:
+                if not (partial and number and failure.errno in _FULL):
+                    raise
+                _remove(record, file)
+        os.fsync(record)
+    finally:
+        os.close(record)
+
+
+def _write_file(directory: int, name: str, content: bytes) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(name, flags, 0o600, dir_fd=directory)
+    try:
+        while content:
+            content = content[os.write(descriptor, content) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(directory: int, name: str) -> None:
+    """Remove what has this name, whatever it is; what a damaged file system does not give away stays."""
+    try:
+        if stat.S_ISDIR(os.lstat(name, dir_fd=directory).st_mode):
+            shutil.rmtree(name, ignore_errors=True, dir_fd=directory)
+        else:
+            os.unlink(name, dir_fd=directory)
+    except OSError:
+        return
+
+
+def bounded(contents: Mapping[str, str | bytes], limits: Mapping[str, int]) -> dict[str, bytes]:
+    """Cut each file to its limit; files without one are left out."""
+    return {
+        name: _cut(contents[name], limit, name in LOGS) for name, limit in limits.items() if name in contents
+    }
+
+
+def _cut(content: str | bytes, limit: int, keep_end: bool) -> bytes:
+    raw = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
+    if len(raw) <= limit:
+        return raw
+    mark = CUT.format(len(raw) - limit).encode()
+    room = limit - len(mark)
+    return mark + raw[-room:] if keep_end else raw[:room] + mark
+
+
+def device_table(devices: Devices, plan: Plan) -> list[dict[str, object]]:
+    """List every device with what it was taken for, or why it was not taken."""
+    targets: dict[str, list[str]] = {}
+    for operation in plan:
+        if isinstance(operation, Mount):
+            targets.setdefault(operation.source, []).append(operation.target)
+    taken = [device for device in devices.all if device.path in targets]
+    return [
+        {**dict(device.items()), "use": _use(device, targets.get(device.path, []), taken)}
+        for device in devices.all
+    ]
+
+
+def _use(device: Device, targets: list[str], taken: list[Device]) -> str:
+    if targets:
+        return f"taken for {', '.join(targets)}"
+    if device.fstype in MEMBERS:
+        return f"not looked into: {device.fstype}"
+    if not device.fstype:
+        return "no file system"
+    for other in taken:
+        if device.label and device.label == other.label:
+            return f"not taken: {other.path} has the same label"
+    return "nothing asked for it"
+
+
+_OPTION = re.compile(
+    r"\b((?:\w*pass\w*|\w*secret\w*|\w*token\w*|\w*cred\w*|user(?:name)?)=)[^,\s]*", re.IGNORECASE
+)
+
+
+def mountinfo() -> str:
+    """Give the table of mounts without the passwords in it, such as those of network file systems."""
+    return _OPTION.sub(r"\1…", observe.text("/proc/self/mountinfo"))
+
+
+def kernel_log() -> str:
+    """Give the end of the kernel's log (syslog(2)); empty where that is not allowed."""
+    buffer = ctypes.create_string_buffer(LIMITS["dmesg"])
+    length = ctypes.CDLL(None).klogctl(3, buffer, len(buffer))  # SYSLOG_ACTION_READ_ALL
+    return buffer.raw[: max(0, length)].decode("utf-8", "replace")
+
+
+def without_secrets(log: str, line: bytes) -> str:
+    """Take out of a log what redacted() takes out of the command line: kernel, udev and dracut repeat it."""
+    secrets = [(k, v) for k, v in cmdline.words(line) if v and not cmdline.harmless(k, v)]
+    log = re.sub(r"(?im)(command line[^:\n]*:\s*).*$", lambda m: m[1] + _repeated(m[0][len(m[1]) :]), log)
+    for key, value in sorted(secrets, key=lambda each: -len(each[1])):
+        for spelled in (f'{key}="{value}', f"{key}={value}"):
+            log = log.replace(spelled, f"{key}=…")
+        if len(value) >= 8 and not value.startswith(
+            "/"
+        ):  # shorter ones would take half of the log with them
+            log = log.replace(value, "…")
+    return log
+
+
+def _repeated(text: str) -> str:
+    return cmdline.redacted(text.encode("utf-8", "surrogateescape"))
