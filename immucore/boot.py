@@ -38,7 +38,7 @@ class Boot:
     def __init__(self) -> None:
         self.started_usec = time.monotonic_ns() // 1000
         self.log = log.start()
-        self.kernel = linux.Kernel()
+        self.kernel = linux.Kernel(log=self.log)
         self.cmdline = cmdline.Cmdline()
         self.mode = ""
         self.devices = Devices()
@@ -106,7 +106,7 @@ class Boot:
 
             self.log.debug(f"not there yet: {', '.join(each.spec for each in absent)}")
             started_usec = time.monotonic_ns() // 1000
-            devices = wait.for_devices(absent, self.log)
+            devices = wait.for_devices(absent, self.log, self.cmdline.fsck_repair_allowed)
             self.waits.append(
                 report.Wait(
                     specs=tuple(each.spec for each in absent),

@@ -33,6 +33,8 @@ class Cmdline(Record):
     debug: bool = False
     debug_rw: bool = False
     disable: bool = False
+    fsck_mode: str = "auto"
+    fsck_repair: str = "preen"
     warnings: tuple[str, ...] = ()
 
     @property
@@ -44,6 +46,11 @@ class Cmdline(Record):
     def bystander(self) -> bool:
         """Whether somebody else mounts the root, and the agent only says which mode it is."""
         return self.disable or self.root.startswith("live:")
+
+    @property
+    def fsck_repair_allowed(self) -> str:
+        """What may be repaired in this boot: preen, yes or no."""
+        return "no" if self.fsck_mode == "skip" else self.fsck_repair
 
 
 def words(line: bytes) -> Iterator[tuple[str, str | None]]:
@@ -142,6 +149,26 @@ def _volume(value: str | None) -> str:
     return _text(value)
 
 
+def _fsck_mode(value: str | None) -> str:
+    if value in ("auto", "force", "skip"):
+        return value
+    raise ValueError("it has to be auto, force or skip")
+
+
+def _fsck_repair(value: str | None) -> str:
+    """Read a switch, or preen: what is safe to repair (systemd-fsck(8), whose booleans may be short)."""
+    if value == "preen":
+        return value
+    try:
+        return (
+            "yes"
+            if boolean({"y": "yes", "t": "yes", "n": "no", "f": "no"}.get(value or "", value))
+            else "no"
+        )
+    except ValueError:
+        raise ValueError("it has to be preen, yes or no") from None
+
+
 # Field of Cmdline → (spellings beside rd.cos.X and rd.immucore.X, reader). Contract §2; the last one wins.
 _NATIVE: dict[str, tuple[str, Callable[[str | None], Any]]] = {
     "overlay": ("rd.cos.overlay", overlay),
@@ -162,6 +189,8 @@ _OTHER: dict[str, tuple[str, Callable[[str | None], Any]]] = {
     "elemental.oemlabel": ("oem_label", _text),
     "elemental.oemtimeout": ("oem_timeout_sec", _seconds(1, 1800)),
     "elemental.disable": ("disable", boolean),
+    "fsck.mode": ("fsck_mode", _fsck_mode),
+    "fsck.repair": ("fsck_repair", _fsck_repair),
 }
 # Keys of the contract whose behaviour is not there yet → the values that ask for what happens anyway.
 _NOT_YET = {
@@ -172,7 +201,6 @@ _NOT_YET = {
     "bootdisk": ("auto",),
     "onfail": ("shell",),
 }
-_FSCK = {"fsck.mode": ("auto", "skip"), "fsck.repair": ("preen", "no")}
 
 
 def _readers() -> dict[str, tuple[str, Callable[[str | None], Any]]]:
@@ -219,8 +247,6 @@ def parse(line: bytes) -> Cmdline:
             warnings.append(
                 f"'{shown}' on the kernel command line is not a key of immucore and does nothing"
             )
-        elif key in _FSCK and value not in _FSCK[key]:
-            warnings.append(f"'{shown}' on the kernel command line is not supported yet: nothing is checked")
     return Cmdline(**values, warnings=tuple(warnings))
 
 

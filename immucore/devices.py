@@ -54,6 +54,7 @@ class Devices(Record):
     """Every block device of one look at the machine."""
 
     all: tuple[Device, ...] = ()
+    broken: tuple[tuple[str, str], ...] = ()  # (spelling, why what should answer to it cannot be repaired)
 
     def candidates(self, spec: str) -> tuple[Device, ...]:
         """List the devices that `spec` can mean; members of something else are none."""
@@ -79,6 +80,10 @@ class Devices(Record):
         found = self.candidates(spec)
         if len(found) > 1 and near is not None:
             found = tuple(device for device in found if device.disk == near.disk) or found
+        if not found and spec in dict(self.broken):
+            raise DeviceError(
+                dict(self.broken)[spec], hint=f"boot recovery and repair it; {self._seen(spec)}"
+            )
         if not found:
             raise DeviceError(f"cannot find {describe(spec)}", hint=self._seen(spec))
         if len(found) > 1:
@@ -117,6 +122,9 @@ class Wanted(Record):
 
     spec: str
     timeout_sec: int  # 0: for ever
+    # Where a broken superblock hides it: the PARTLABEL of its partition, on the disk of the device `near`.
+    partlabel: str = ""
+    near: str = ""
 
 
 class Place(Record):

@@ -11,6 +11,8 @@ from immucore.plan import (
     IMPORTANT,
     REQUIRED,
     Bind,
+    Check,
+    Grow,
     Loop,
     Missing,
     Mount,
@@ -30,6 +32,12 @@ if TYPE_CHECKING:
 
     class Kernel(Protocol):
         """What linux.Kernel does, and the tests' stand-in for it."""
+
+        def check(self, device: str, fstype: str, mode: str, repair: str) -> str:
+            """Check a file system that is not mounted yet."""
+
+        def grow(self, source: str, target: str) -> str:
+            """Let a mounted file system fill its device."""
 
         def mount(self, source: str, target: str, fstype: str, options: tuple[str, ...]) -> str:
             """Mount a block device or a file system without one."""
@@ -73,14 +81,15 @@ def execute(plan: Plan, kernel: Kernel, record: list[Step]) -> None:
     Each operation adds its Step to `record`, also the one that fails. Raises the error of the first required
     operation that fails, and Interrupted whatever it interrupts.
     """
-    lost = [step.operation.target for step in record if step.outcome not in SUCCEEDED]
+    lost = [path for step in record if step.outcome not in SUCCEEDED for path in step.operation.loses]
     for operation in plan:
         started_usec = time.monotonic_ns() // 1000
         failure: ImmucoreError | None = None
         below = next((path for path in lost for need in operation.needs if is_below(need, path)), None)
         if below is not None:
             outcome = "skipped"
-            failure = MountError(f"cannot {operation}: {as_booted(below)} is not there", hint=BELOW)
+            why = "has failed its check" if below.startswith("/dev/") else "is not there"
+            failure = MountError(f"cannot {operation}: {as_booted(below)} {why}", hint=BELOW)
         else:
             try:
                 outcome = _call(operation, kernel)
@@ -102,13 +111,17 @@ def execute(plan: Plan, kernel: Kernel, record: list[Step]) -> None:
         )
         record.append(step)
         if failure is not None:
-            lost.append(operation.target)
+            lost += operation.loses
             if outcome == "failed":
                 raise failure
 
 
-def _call(operation: Operation, kernel: Kernel) -> str:
+def _call(operation: Operation, kernel: Kernel) -> str:  # noqa: PLR0911  one for each kind
     match operation:
+        case Check(target=target, fstype=fstype, mode=mode, repair=repair):
+            return kernel.check(target, fstype, mode, repair)
+        case Grow(source=source, target=target):
+            return kernel.grow(source, target)
         case Mount(source=source, target=target, fstype=fstype, options=options):
             return kernel.mount(source, target, fstype, options)
         case Loop(source=source, target=target, options=options):
@@ -141,4 +154,5 @@ HINTS = {
     errno.ENOSPC: "free space on the file system that holds it",
     errno.ENODEV: "the kernel or the initramfs lacks this file system: compare /proc/filesystems",
     errno.EUCLEAN: "the file system is damaged: check it with fsck",
+    errno.EBADMSG: "the file system is damaged: check it with fsck",
 }

@@ -81,7 +81,7 @@ def _line(operation: Mount | Bind | Overlay, done: list[Mount | Bind | Overlay])
         options.append("nofail")
     if is_below(operation.target, SYSROOT) and _outlives_shutdown(operation, done):
         options.append(OUTLIVES)  # below /run it would be taken for something to mount below /sysroot/run
-    return " ".join([*map(escape, (source, target, fstype, ",".join(options))), "0", "0"])
+    return " ".join([*map(escape, (source, target, fstype, ",".join(dict.fromkeys(options)))), "0", "0"])
 
 
 def overlay_paths(target: str, backing: str) -> tuple[tuple[str, str], ...]:

@@ -19,6 +19,7 @@ from immucore.plan import SYSROOT, is_below
 
 TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
 if TYPE_CHECKING:
+    from immucore.log import Log
     from immucore.observe import MountPoint
 
 DONE, PRESENT = "done", "present"  # what a call did: it changed the machine, or found it so already
@@ -50,10 +51,35 @@ class Kernel:
     directory that is not there is made where its parent is writable.
     """
 
-    def __init__(self, root: str = SYSROOT) -> None:
+    def __init__(self, root: str = SYSROOT, log: Log | None = None) -> None:
         self._roots = [root]
+        self._log = log  # for what takes long; None: this process' own
+        self._checks: dict[str, tuple[str, str]] = {}
         # What an earlier run has mounted, by its path; looked up once, so that the cost stays linear.
         self._found = {mount.target: mount for mount in observe.mounts()}
+
+    def check(self, device: str, fstype: str, mode: str, repair: str) -> str:
+        """Check the file system on `device` where its superblock, or `mode` force, asks for it.
+
+        Remembers it: mounting what is damaged and does not say so is tried once more after a check.
+        """
+        self._checks[device] = fstype, repair
+        reason = "has to be checked (fsck.mode=force)"
+        if mode != "force":
+            reason = superblock.damage(device, fstype, time.time())
+        return DONE if reason and self._fsck(device, reason) else PRESENT
+
+    def _fsck(self, device: str, reason: str) -> bool:
+        from immucore import fsck, log  # a healthy boot does not need it
+
+        fstype, repair = self._checks[device]
+        return fsck.check(device, fstype, reason, repair, self._log or log.start())
+
+    def grow(self, source: str, target: str) -> str:
+        """Let the file system of `source`, mounted at `target`, fill its device."""
+        from immucore import growth  # hardly ever asked for
+
+        return DONE if growth.grow(source, self.path(target)) else PRESENT
 
     def mount(self, source: str, target: str, fstype: str, options: tuple[str, ...]) -> str:
         """Mount `source` on `target`; what is mounted there from it already stays."""
@@ -68,7 +94,13 @@ class Kernel:
                 hint=f"see what it holds: blkid -p {source}",
             )
         flags, data = split_options(options)
-        syscalls.mount(source, where, fstype, flags, data)
+        try:
+            syscalls.mount(source, where, fstype, flags, data)
+        except OSError as error:
+            damaged = error.errno in (errno.EUCLEAN, errno.EBADMSG) and source in self._checks
+            if not damaged or not self._fsck(source, f"cannot be mounted ({error.strerror})"):
+                raise
+            syscalls.mount(source, where, fstype, flags, data)
         return DONE
 
     def mount_loop(self, image: str, target: str, options: tuple[str, ...]) -> str:

@@ -33,6 +33,11 @@ class Operation(Record):
         return (self.target,)
 
     @property
+    def loses(self) -> tuple[str, ...]:
+        """The paths that are not there when it has failed."""
+        return (self.target,)
+
+    @property
     def kind(self) -> str:
         """The word for it in plan.json and steps.json."""
         return type(self).__name__.lower()
@@ -45,6 +50,11 @@ class Mount(Operation):
     fstype: str
     options: tuple[str, ...] = ()
     fstab_name: str = ""  # how fstab names the source; empty: as `source` does
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """A device whose check has failed is not mounted."""
+        return (self.source, self.target)
 
     def __str__(self) -> str:
         return f"mount {self.source} on {self.target} ({', '.join((self.fstype, *self.options))})"
@@ -62,6 +72,39 @@ class Missing(Operation):
 
     def __str__(self) -> str:
         return f"mount {self.spec} on {self.target} (missing: {self.reason})"
+
+
+class Check(Operation):
+    """Check the file system on the device `target` before it is mounted rw, where it says that it needs it.
+
+    `mode` and `repair` are those of systemd-fsck(8).
+    """
+
+    fstype: str
+    mode: str = "auto"
+    repair: str = "preen"
+
+    def __str__(self) -> str:
+        return f"check {self.target} ({self.fstype}, fsck.mode={self.mode}, fsck.repair={self.repair})"
+
+
+class Grow(Operation):
+    """Let the file system that is mounted at `target` fill its device, `source`, by ioctl(2)."""
+
+    source: str
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """It is grown where it is mounted."""
+        return (self.source, self.target)
+
+    @property
+    def loses(self) -> tuple[str, ...]:
+        """Nothing: what is mounted stays as large as it was."""
+        return ()
+
+    def __str__(self) -> str:
+        return f"grow {self.target} to the size of {self.source}"
 
 
 class Loop(Operation):

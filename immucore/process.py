@@ -9,16 +9,18 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 
 from immucore.values import Record
 
 TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C", "TERM": "linux"}
 TIMED_OUT = 124  # as timeout(1) says it
 MAX_OUTPUT_BYTES = 1 << 16  # the end of it is what tells
+SAY_SEC = 10.0
 
 
 class Finished(Record):
@@ -38,12 +40,17 @@ def run(
     *,
     timeout_sec: float | None = None,
     environment: Mapping[str, str] | None = None,
+    meanwhile: Callable[[float], None] | None = None,
+    every_sec: float = SAY_SEC,
 ) -> Finished:
     """Run a program to its end, with nothing on its standard input, and return what it said.
 
     One that takes longer than `timeout_sec` is killed, and so is one that a signal to the agent interrupts.
-    Raises OSError when it cannot be started.
+    `meanwhile` is called every `every_sec` with the seconds that it has taken so far. Raises OSError when it
+    cannot be started.
     """
+    started = time.monotonic()
+    limit_sec = float("inf") if timeout_sec is None else timeout_sec
     with subprocess.Popen(
         argv,
         stdin=subprocess.DEVNULL,
@@ -52,10 +59,20 @@ def run(
         env={**ENVIRONMENT, **(environment or {})},
     ) as child:
         try:
-            output, _ = child.communicate(timeout=timeout_sec)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            return Finished(status=TIMED_OUT, output=f"{argv[0]} took longer than {timeout_sec:g} s")
+            while True:
+                left_sec = limit_sec - (time.monotonic() - started)
+                try:
+                    output, _ = child.communicate(timeout=max(0.0, min(left_sec, every_sec)))
+                    break
+                except subprocess.TimeoutExpired:
+                    taken_sec = time.monotonic() - started
+                    if taken_sec >= limit_sec:
+                        child.kill()
+                        return Finished(
+                            status=TIMED_OUT, output=f"{argv[0]} took longer than {limit_sec:g} s"
+                        )
+                if meanwhile is not None:
+                    meanwhile(taken_sec)
         except BaseException:
             child.kill()
             raise

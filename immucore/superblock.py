@@ -14,6 +14,7 @@ from immucore.values import Record
 
 HEAD_BYTES = 4096
 EXT = ("ext2", "ext3", "ext4")
+CHECKED = (*EXT, "vfat")  # xfs and btrfs have no mark: what they can repair, they repair at mounting
 BTRFS_OFFSET = 0x10000
 EXT_OFFSET = 1024
 EXT_VALID, EXT_ERROR, EXT_ORPHAN = 1, 2, 4  # s_state
@@ -27,7 +28,6 @@ class Superblock(Record):
     fstype: str = ""  # ext4 stands for ext2 and ext3 too: its driver mounts them
     block_bytes: int = 0
     claimed_bytes: int = 0  # how much of its device it uses; 0: it does not say
-    xfs_imaxpct: int = 0  # the share of the space that inodes may take, which growing an xfs has to repeat
 
 
 def identify(path: str) -> Superblock:
@@ -51,8 +51,8 @@ def damage(path: str, fstype: str, now_sec: float) -> str:
 
     What its driver repairs at mounting, a journal that was not replayed, is no damage. Raises OSError.
     """
-    if fstype not in (*EXT, "vfat"):
-        return ""  # xfs and btrfs have no mark: what they can repair, they repair at mounting
+    if fstype not in CHECKED:
+        return ""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         head = os.pread(descriptor, HEAD_BYTES, 0)
@@ -70,9 +70,7 @@ def parse(head: bytes) -> Superblock:
         return Superblock(fstype="squashfs", block_bytes=block_bytes, claimed_bytes=used)
     if head.startswith(b"XFSB"):
         block_bytes, blocks = struct.unpack_from(">IQ", head, 4)
-        return Superblock(
-            fstype="xfs", block_bytes=block_bytes, claimed_bytes=block_bytes * blocks, xfs_imaxpct=head[127]
-        )
+        return Superblock(fstype="xfs", block_bytes=block_bytes, claimed_bytes=block_bytes * blocks)
     block = head[EXT_OFFSET:]
     if block.startswith(b"\xe2\xe1\xf5\xe0"):
         block_bytes, (blocks,) = 1 << min(block[12], 31), _u32(block, 36)

@@ -13,7 +13,7 @@ import time
 
 from pyroute2.netlink.uevent import MONITOR_GROUP_KERNEL, MONITOR_GROUP_UDEV, UeventSocket
 
-from immucore import assemble, observe
+from immucore import assemble, fsck, observe
 from immucore.devices import Device, Devices, Wanted, describe
 
 TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
@@ -24,6 +24,7 @@ SO_RCVBUFFORCE = 33  # asm-generic/socket.h; a storm of events must not overrun 
 RCVBUF_BYTES = 16 << 20
 LOOK_SEC = 1.0  # a look without an event, in case one was lost; contract §6 forbids a shorter one
 SAY_SEC = 10.0
+ELSEWHERE_SEC = 10.0  # for a file system whose partition is there, and cannot be read
 SETTLE_SEC = 3.0  # while wanted devices appear, others of the same disk are about to
 
 
@@ -32,11 +33,12 @@ def missing(wanted: tuple[Wanted, ...], devices: Devices) -> tuple[Wanted, ...]:
     return tuple(each for each in wanted if not devices.candidates(each.spec))
 
 
-def for_devices(wanted: tuple[Wanted, ...], log: Log) -> Devices:
+def for_devices(wanted: tuple[Wanted, ...], log: Log, repair: str) -> Devices:
     """Wait until each wanted device is there or its time is over; return the devices of the last look.
 
     Subscribes first and then looks, so that no event falls between. Events only wake: what counts is the
-    look. A time that is over is prolonged while other wanted devices appear.
+    look. A time that is over is prolonged while other wanted devices appear. A superblock that is so broken
+    that a wanted file system is not seen is repaired as `repair` (preen, yes or no) allows.
     """
     started = time.monotonic()
     origin = initramfs_start(started)
@@ -49,6 +51,7 @@ def for_devices(wanted: tuple[Wanted, ...], log: Log) -> Devices:
     poll = select.poll()
     poll.register(events.fileno(), select.POLLIN)
     absent = wanted
+    broken: dict[str, str] = {}
     assembler = assemble.Assembler(log)
     try:
         while True:
@@ -60,7 +63,16 @@ def for_devices(wanted: tuple[Wanted, ...], log: Log) -> Devices:
             absent = still
             pending = [each for each in absent if deadlines[each] > now]
             if not pending:
-                return devices
+                return devices.replace(broken=tuple(broken.items()))  # type: ignore[no-any-return]
+            tried = fsck.rescue(pending, devices, repair, log)
+            if tried:
+                now = time.monotonic()
+                broken |= {spec: failure for spec, failure in tried.items() if failure}
+                deadlines = {
+                    each: _after_rescue(deadline, now, tried.get(each.spec))
+                    for each, deadline in deadlines.items()
+                }
+                continue
             assembler.look(devices, tuple(pending), now)
             if now - told >= SAY_SEC:
                 log.info(_progress(pending, deadlines, devices, now))
@@ -71,6 +83,13 @@ def for_devices(wanted: tuple[Wanted, ...], log: Log) -> Devices:
     finally:
         assembler.close()
         events.close()
+
+
+def _after_rescue(deadline: float, now: float, failure: str | None) -> float:
+    """Give udev the time to look again at what was repaired; what cannot be repaired is hardly elsewhere."""
+    if failure:
+        return min(deadline, now + ELSEWHERE_SEC)
+    return max(deadline, now + SETTLE_SEC)
 
 
 def _deadline(each: Wanted, origin: float, now: float) -> float:

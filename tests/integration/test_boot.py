@@ -329,7 +329,7 @@ def test_debug_tells_everything(machine: Machine, agent: Sequence[str]) -> None:
     for step in boot.steps:
         operation = step["operation"]
         assert f"<7>plan: {operation['text']}, because {operation['why']}" in said
-        assert f"<7>done in {step['took_usec']} us: {operation['text']}" in said
+        assert f"<7>{step['outcome']} in {step['took_usec']} us: {operation['text']}" in said
     assert "overlay overlay rw" in text  # mountinfo
     logged = [line.partition("] ")[2] for line in boot.files["immucore.log"].splitlines()]
     assert [line.replace("> ", ">", 1) for line in logged] == said

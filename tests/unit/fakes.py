@@ -53,6 +53,12 @@ class FakeKernel:
             raise OSError(wrong, os.strerror(wrong), target)
         return "present" if target in self._present else "done"
 
+    def check(self, device: str, fstype: str, mode: str, repair: str) -> str:
+        return self._call(device, "check", device, fstype, mode, repair)
+
+    def grow(self, source: str, target: str) -> str:
+        return self._call(f"grow {target}", "grow", source, target)
+
     def mount(self, source: str, target: str, fstype: str, options: tuple[str, ...]) -> str:
         return self._call(target, "mount", source, target, fstype, ",".join(options))
 

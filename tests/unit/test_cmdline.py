@@ -237,9 +237,34 @@ def test_a_key_whose_behaviour_is_not_there_yet_says_so(word: str) -> None:
         assert cmdline.parse(spelled.encode()) == Cmdline(warnings=(said,))
 
 
-@pytest.mark.parametrize("word", ["fsck.mode=force", "fsck.mode=never", "fsck.repair=yes"])
-def test_fsck_is_not_there_yet(word: str) -> None:
-    said = f"'{word}' on the kernel command line is not supported yet: nothing is checked"
+@pytest.mark.parametrize(
+    ("line", "mode", "repair", "allowed"),
+    [
+        ("", "auto", "preen", "preen"),
+        ("fsck.mode=auto fsck.repair=preen", "auto", "preen", "preen"),
+        ("fsck.mode=force fsck.repair=yes", "force", "yes", "yes"),
+        ("fsck.mode=force fsck.mode=skip", "skip", "preen", "no"),
+        ("fsck.repair", "auto", "yes", "yes"),
+        ("fsck.repair=y fsck.repair=0", "auto", "no", "no"),
+        ("fsck.repair=n", "auto", "no", "no"),
+    ],
+)
+def test_fsck(line: str, mode: str, repair: str, allowed: str) -> None:
+    parsed = cmdline.parse(line.encode())
+    assert parsed == Cmdline(fsck_mode=mode, fsck_repair=repair)
+    assert parsed.fsck_repair_allowed == allowed
+
+
+@pytest.mark.parametrize(
+    ("word", "reason", "default"),
+    [
+        ("fsck.mode=never", "it has to be auto, force or skip", "auto"),
+        ("fsck.mode", "it has to be auto, force or skip", "auto"),
+        ("fsck.repair=perhaps", "it has to be preen, yes or no", "preen"),
+    ],
+)
+def test_fsck_that_cannot_be_read(word: str, reason: str, default: str) -> None:
+    said = f"'{word}' on the kernel command line cannot be read: {reason}; the default is taken: {default}"
     assert cmdline.parse(word.encode()) == Cmdline(warnings=(said,))
 
 
@@ -254,7 +279,7 @@ def test_an_unknown_key_of_ours_is_a_warning(word: str) -> None:
     [
         "quiet ro panic=5 console=ttyS0,115200n8",
         "elemental.health_check rd.break rd.cosmic=1 xrd.cos.debug",
-        "fsck.mode=auto fsck.mode=skip fsck.repair=preen fsck.repair=no",
+        "fsck.mode=auto fsck.repair=preen",
         "rd.cos.safe=0 rd.cos.nopersist=off rd.cos.fallback=off rd.cos.bootdisk=auto rd.cos.onfail=shell",
         "-- rd.cos.debug rd.cos.nonsense",
     ],

@@ -16,6 +16,8 @@ from immucore.plan import (
     OPTIONAL,
     REQUIRED,
     Bind,
+    Check,
+    Grow,
     Loop,
     Missing,
     Mount,
@@ -39,6 +41,8 @@ def run(kernel: FakeKernel, *operations: Operation) -> list[Step]:
 
 
 EVERY_KIND: tuple[tuple[Operation, str], ...] = (
+    (Check(target="/dev/a", fstype="ext4", mode="force", why="x"), "check /dev/a ext4 force preen"),
+    (Grow(source="/dev/a", target="/m", why="x"), "grow /dev/a /m"),
     (
         Mount(source="/dev/a", target="/m", fstype="ext4", options=("ro", "noatime"), why="x"),
         "mount /dev/a /m ext4 ro,noatime",
@@ -72,6 +76,28 @@ def test_an_operation_without_a_call_is_a_bug() -> None:
 def test_what_is_there_already_is_present() -> None:
     steps = run(FakeKernel(present=("/a",)), mount("/a"), mount("/a/b"))
     assert [step.outcome for step in steps] == ["present", "done"]
+
+
+def test_a_failed_check_loses_the_mount_and_what_lies_below_it() -> None:
+    kernel = FakeKernel(broken={"/dev/a": MountError("cannot repair '/dev/a': x", hint="type e2fsck")})
+    check = Check(target="/dev/a", fstype="ext4", why="test", criticality=IMPORTANT)
+
+    steps = run(kernel, check, mount("/a", IMPORTANT), mount("/a/b", IMPORTANT))
+
+    assert kernel.calls == ["check /dev/a ext4 auto preen"]
+    assert [step.outcome for step in steps] == ["degraded", "skipped", "skipped"]
+    assert steps[1].reason == "cannot mount /dev/a on /a (ext4): /dev/a has failed its check"
+
+
+def test_what_cannot_grow_is_there_nevertheless() -> None:
+    kernel = FakeKernel(broken={"grow /a": errno.EPERM})
+    grow = Grow(source="/dev/a", target="/a", why="test", criticality=OPTIONAL)
+
+    steps = run(kernel, mount("/a"), grow, mount("/a/b"))
+    execute(Plan(operations=(mount("/a/c"),)), kernel, steps)
+
+    assert [step.outcome for step in steps] == ["done", "ignored", "done", "done"]
+    assert steps[1].reason == "cannot grow /a to the size of /dev/a: Operation not permitted"
 
 
 def test_the_record_has_times() -> None:

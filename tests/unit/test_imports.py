@@ -37,7 +37,7 @@ OURS = {
         f"immucore.{name}"
         for name in ("image", "layouts", "linux", "log", "observe", "plan", "report", "seed")
     ),
-    *(f"immucore.layouts.{name}" for name in ("cos", "cos.modes", "cos.names", "cos.settings")),
+    *(f"immucore.layouts.{name}" for name in ("cos", "cos.modes", "cos.names", "cos.settings", "upkeep")),
     *(f"immucore.{name}" for name in ("superblock", "syscalls", "values")),
 }
 

@@ -16,6 +16,7 @@ from immucore.image import Image, Setting
 from immucore.layouts import cos
 from immucore.plan import (
     Bind,
+    Check,
     Loop,
     Missing,
     Mount,
@@ -137,13 +138,13 @@ def test_what_is_waited_for_and_how_long() -> None:
     )
     assert cos.root_devices(line) == (
         Wanted(spec="LABEL=COS_STATE", timeout_sec=0),
-        Wanted(spec="LABEL=CONF", timeout_sec=7),
+        Wanted(spec="LABEL=CONF", timeout_sec=7, partlabel="oem", near="LABEL=COS_STATE"),
     )
     assert cos.state_devices(line, Image()) == (
-        Wanted(spec="UUID=1", timeout_sec=0),
-        Wanted(spec="LABEL=B", timeout_sec=cos.OPTIONAL_TIMEOUT_SEC),
-        Wanted(spec="LABEL=COS_PERSISTENT", timeout_sec=0),
-        Wanted(spec="LABEL=O", timeout_sec=0),
+        Wanted(spec="UUID=1", timeout_sec=0, near="LABEL=COS_STATE"),
+        Wanted(spec="LABEL=B", timeout_sec=cos.OPTIONAL_TIMEOUT_SEC, near="LABEL=COS_STATE"),
+        Wanted(spec="LABEL=COS_PERSISTENT", timeout_sec=0, partlabel="persistent", near="LABEL=COS_STATE"),
+        Wanted(spec="LABEL=O", timeout_sec=0, near="LABEL=COS_STATE"),
     )
 
 
@@ -413,7 +414,8 @@ def test_every_plan_is_one_that_can_be_carried_out(
     targets = [operation.target for operation in plan]
     places = [operation.target for operation in plan if made(operation)]
     for operation in plan:
-        assert is_below(operation.target, "/sysroot") or is_below(operation.target, "/run")
+        place = "/dev" if isinstance(operation, Check) else "/run"
+        assert is_below(operation.target, "/sysroot") or is_below(operation.target, place)
         assert ".." not in [part for need in operation.needs for part in need.split("/")]
         assert "//" not in operation.target
         assert operation.why

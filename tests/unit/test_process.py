@@ -35,6 +35,17 @@ def test_too_long() -> None:
     assert (finished.status, finished.output) == (process.TIMED_OUT, "sleep took longer than 0.1 s")
 
 
+def test_somebody_is_told_while_it_runs() -> None:
+    told: list[float] = []
+    script = "for i in 1 2 3 4 5; do echo $i; sleep 0.1; done"
+
+    finished = process.run(["sh", "-c", script], meanwhile=told.append, every_sec=0.1, timeout_sec=60)
+
+    assert (finished.status, finished.output) == (0, "1\n2\n3\n4\n5\n")
+    assert len(told) >= 3
+    assert told == sorted(told)
+
+
 def test_standard_input_is_empty() -> None:
     assert process.run(["cat"]).output == ""
 

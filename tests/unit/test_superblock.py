@@ -89,11 +89,6 @@ def test_more_blocks_than_32_bits_count(ext4: Path) -> None:
     assert superblock.parse(bytes(head)).claimed_bytes == 8 * MIB
 
 
-def test_xfs_says_what_growing_it_has_to_repeat(tmp_path: Path) -> None:
-    run("mkfs.xfs", "-q", "-i", "maxpct=7", "-d", f"name={tmp_path}/xfs,file,size=300m")
-    assert superblock.identify(f"{tmp_path}/xfs").xfs_imaxpct == 7
-
-
 @pytest.mark.parametrize("content", [b"", b"hs", b"garbage" * 1000, bytes(2048), b"hsqs", b"XFSB" * 100])
 def test_no_superblock(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "image").write_bytes(content)

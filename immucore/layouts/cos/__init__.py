@@ -21,6 +21,7 @@ from immucore.layouts.cos.settings import (
     oem,
     read,
 )
+from immucore.layouts.upkeep import kept_up
 from immucore.plan import (
     IMPORTANT,
     OPTIONAL,
@@ -58,6 +59,7 @@ __all__ = [
 
 STATE = "/run/initramfs/cos-state"
 OVERLAY_BASE = "/run/overlay"
+PARTLABELS = {"LABEL=COS_PERSISTENT": "persistent", "LABEL=COS_OEM": "oem"}  # contract §1
 OPTIONAL_TIMEOUT_SEC = 30
 
 
@@ -70,7 +72,12 @@ def root_devices(cmdline: Cmdline) -> tuple[Wanted, ...]:
     """List the devices that root() needs."""
     return (
         Wanted(spec=partition(cmdline), timeout_sec=cmdline.timeout_sec),
-        Wanted(spec=oem(cmdline).spec, timeout_sec=cmdline.oem_timeout_sec),
+        Wanted(
+            spec=oem(cmdline).spec,
+            timeout_sec=cmdline.oem_timeout_sec,
+            partlabel="oem",
+            near=partition(cmdline),
+        ),
     )
 
 
@@ -79,18 +86,18 @@ def root(cmdline: Cmdline, devices: Devices) -> Plan:
     device = devices.find(partition(cmdline))
     access = ("rw" if cmdline.debug_rw else "ro",)
     why = f"root={cmdline.root}" if cmdline.root else f"the mode is {mode(cmdline)}"
-    return Plan(
-        operations=(
-            _mount(device, STATE, access, why, REQUIRED),
-            Loop(
-                source=STATE + image_path(cmdline),
-                target=SYSROOT,
-                options=access,
-                why=f"cos-img/filename={cmdline.image}",
-            ),
-            _volume(oem(cmdline), IMPORTANT, devices, device),
+    operations = (
+        _mount(device, STATE, access, why, REQUIRED),
+        Loop(
+            source=STATE + image_path(cmdline),
+            target=SYSROOT,
+            options=access,
+            why=f"cos-img/filename={cmdline.image}",
         ),
-        warnings=cmdline.warnings,
+        _volume(oem(cmdline), IMPORTANT, devices, device),
+    )
+    return Plan(
+        operations=kept_up(operations, cmdline.fsck_mode, cmdline.fsck_repair), warnings=cmdline.warnings
     )
 
 
@@ -102,7 +109,12 @@ def state_devices(cmdline: Cmdline, image: Image) -> tuple[Wanted, ...]:
     if _on_device(settings):
         specs.append((settings.overlay, needless))
     return tuple(
-        Wanted(spec=spec, timeout_sec=OPTIONAL_TIMEOUT_SEC if optional else cmdline.timeout_sec)
+        Wanted(
+            spec=spec,
+            timeout_sec=OPTIONAL_TIMEOUT_SEC if optional else cmdline.timeout_sec,
+            partlabel=PARTLABELS.get(spec, ""),
+            near=partition(cmdline),
+        )
         for spec, optional in specs
     )
 
@@ -136,11 +148,12 @@ def state(cmdline: Cmdline, devices: Devices, image: Image) -> Plan:
     ordered = [layers[path] for path in sorted({*layers} - later, key=by_components)]
     layers.update(persistent)
     ordered += [layers[path] for path in sorted({*later, *persistent}, key=by_components)]
+    operations = (
+        *_overlay_base(settings, devices, near, users_data),
+        *(operation for layer in ordered for operation in layer),
+    )
     return Plan(
-        operations=(
-            *_overlay_base(settings, devices, near, users_data),
-            *(operation for layer in ordered for operation in layer),
-        ),
+        operations=kept_up(operations, cmdline.fsck_mode, cmdline.fsck_repair),
         notes=settings.notes,
         warnings=settings.warnings,
     )
