@@ -4,6 +4,7 @@ from __future__ import annotations
 
 # The signal module imports enum, which would cost a boot 4 ms; this is what it wraps.
 import _signal
+import faulthandler
 import os
 import time
 
@@ -179,6 +180,9 @@ def main() -> int:
         os.write(2, REFUSAL.encode())
         return CmdlineError.exit_status
     os.umask(0o022)
+    # A crash of the interpreter is told where stderr goes, the journal or the console; /dev/kmsg would make
+    # a record of each word.
+    faulthandler.enable(2)
     boot = Boot()
     error: ImmucoreError | None = None
     try:
@@ -237,8 +241,8 @@ def _finish(boot: Boot, error: ImmucoreError | None) -> int:
     except OSError as failure:
         boot.log.error(f"cannot write the record to {report.DIRECTORY}: {failure.strerror}")
         status = status or BUG
-    if error or reasons:
-        from immucore import evidence  # a healthy boot does without
+    if (error or reasons) and boot.cmdline.engaged:  # a boot that is not ours leaves the disks alone
+        from immucore import evidence
 
         evidence.keep(boot, files)
     if error:

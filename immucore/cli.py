@@ -127,6 +127,8 @@ def _remarks(plan: Plan) -> None:
 def _doctor(arguments: argparse.Namespace) -> int:
     from immucore import doctor
 
+    if os.geteuid():
+        print("immucore: what failed boots have left is for root alone to read", file=sys.stderr)
     found = doctor.examine(arguments.directory)
     if arguments.json:
         print(json.dumps(found, indent=2))

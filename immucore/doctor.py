@@ -115,7 +115,7 @@ def record(directory: int, where: str) -> Found:
 
 
 def records(top: int, where: str) -> list[Found]:
-    """Read the records below a directory that is open, the newest first."""
+    """Read the records below a directory that is open, the newest first; `where` goes before their names."""
     found: list[Found] = []
     try:
         directory = evidence.open_records(top)
@@ -130,7 +130,7 @@ def records(top: int, where: str) -> list[Found]:
             except OSError:
                 continue
             try:
-                found.append(record(inner, f"{where.rstrip('/')}/{evidence.DIRECTORY}/{name}"))
+                found.append(record(inner, f"{where}{evidence.DIRECTORY}/{name}"))
             finally:
                 os.close(inner)
     except OSError:
@@ -147,7 +147,7 @@ def records_at(path: str) -> list[Found]:
     except OSError:
         return []
     try:
-        return records(top, path)
+        return records(top, f"{path.rstrip('/')}/")
     finally:
         os.close(top)
 
@@ -169,7 +169,7 @@ def records_of_unmounted() -> list[Found]:
             except OSError:
                 continue
             try:
-                found += records(tree.top, f"{place.device.path}, not mounted:")
+                found += records(tree.top, f"{place.device.path} (not mounted) ")
             finally:
                 tree.close()
     except OSError:
@@ -184,7 +184,7 @@ def given(directory: str) -> list[Found]:
         alone = record(top, directory)
         if alone.files:
             return [alone]
-        found = records(top, directory)
+        found = records(top, f"{directory.rstrip('/')}/")
         if not found and os.path.basename(os.path.abspath(directory)) == evidence.DIRECTORY:
             found = records_at(os.path.dirname(os.path.abspath(directory)))
     finally:
@@ -373,9 +373,9 @@ def diagnosis(current: Found | None, older: list[Found]) -> dict[str, Any]:
     now = summary(current) if current else None
     if now and now["outcome"] not in STATES:
         now["outcome"] = "unknown"
-    name = now["kept"].partition(" ")[0].rpartition("/")[2] if now else ""
-    earlier = [each for each in older if not name or each.where.rpartition("/")[2] != name]
     wrong = now if now and now["outcome"] in ("failed", "degraded", "fallback") else None
+    name = wrong["kept"].partition(" ")[0].rpartition("/")[2] if wrong else ""
+    earlier = [each for each in older if not name or each.where.rpartition("/")[2] != name]
     last = None if wrong or not earlier else summary(earlier.pop(0))
     return {
         "schema": report.SCHEMA,

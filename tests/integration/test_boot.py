@@ -641,6 +641,20 @@ def test_stopped_in_the_middle(machine: Machine, agent: Sequence[str], number: s
     check_failed(machine, boot, 4, f"stopped by signal {number} in the middle of the boot", hint)
 
 
+def test_crash_of_the_interpreter_is_told(machine: Machine, agent: Sequence[str]) -> None:
+    machine.record(machine.part("oem")).unlink()
+    process = machine.start(f"{ACTIVE} rd.cos.oemtimeout=30", agent)
+    time.sleep(1)
+
+    os.kill(machine.agent_pid(), signal.SIGSEGV)
+    boot = machine.finish(process, timeout_sec=5)
+
+    assert boot.status != 0
+    assert "Fatal Python error: Segmentation fault" in boot.stderr
+    assert "in for_devices" in boot.stderr
+    assert boot.result == {}
+
+
 def test_killed_while_seeding(switch_on: Callable[[], Machine], source: Sequence[str]) -> None:
     """What was copied so far is not taken for a whole copy, and the next boot completes it."""
     machine = switch_on()

@@ -254,6 +254,29 @@ def test_doctor_finds_it_in_the_next_boot(switch_on: Callable[[], Machine], agen
     )
 
 
+def test_failure_before_a_repair_in_the_same_boot(machine: Machine, source: Sequence[str]) -> None:
+    number = machine.record(machine.part("persistent"))
+    number.rename(number.with_name("away"))
+    machine.boot(MISSING, source)
+    number.with_name("away").rename(number)
+
+    assert machine.boot(ACTIVE, source).result["outcome"] == "ok"
+
+    said = doctor(machine, source)
+    assert said.startswith("This boot went well: active.\nThe last boot that went wrong (failed):\n")
+    assert "What      cannot find a filesystem labelled 'COS_PERSISTENT'\n" in said
+
+
+def test_agent_that_is_switched_off_leaves_the_disks_alone(machine: Machine, source: Sequence[str]) -> None:
+    machine.path("/run/cos").write_text("in the way")
+
+    boot = machine.boot(f"{ACTIVE} rd.cos.disable", source)
+
+    assert boot.result["outcome"] == "failed"
+    assert {"devices.json", "evidence"} & {*boot.files} == set()
+    assert records(machine, "oem") == {}
+
+
 def test_doctor_looks_into_what_is_not_mounted(
     switch_on: Callable[[], Machine], agent: Sequence[str]
 ) -> None:
@@ -266,7 +289,7 @@ def test_doctor_looks_into_what_is_not_mounted(
 
     assert said.startswith("This boot has no record")
     assert "What      cannot find a filesystem labelled 'COS_PERSISTENT'\n" in said
-    assert f"{machine.part('oem')}, not mounted:/immucore/boot-000001-" in said.replace("\n          ", " ")
+    assert f"Evidence  {machine.part('oem')} (not mounted) immucore/boot-000001-" in said
     assert not [mount for mount in machine._mount_table() if mount.source == machine.part("oem")]
 
 

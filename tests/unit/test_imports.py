@@ -25,7 +25,7 @@ START = {
 ALLOWED = {
     *("_collections_abc", "_stat", "genericpath", "os", "os.path", "posixpath", "stat"),  # os
     *("_ctypes", "_struct", "struct"),  # mount(2), ioctls
-    *("errno", "fcntl", "_json", "__future__"),
+    *("errno", "faulthandler", "fcntl", "_json", "__future__"),
 }
 OURS = {
     "immucore",
