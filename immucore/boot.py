@@ -10,9 +10,18 @@ import time
 
 from immucore import cmdline, fstab, layouts, linux, log, observe, report
 from immucore.devices import Devices
-from immucore.errors import CmdlineError, ImmucoreError, Interrupted, LayoutError, MountError
+from immucore.errors import (
+    AmbiguousError,
+    CmdlineError,
+    DeviceError,
+    ImmucoreError,
+    Interrupted,
+    KernelMismatchError,
+    LayoutError,
+    MountError,
+)
 from immucore.execute import SUCCEEDED, Step, execute
-from immucore.plan import SYSROOT, Bind, Operation, Plan, WriteFile
+from immucore.plan import SYSROOT, Bind, Loop, Mount, Operation, Overlay, Plan, WriteFile, as_booted
 
 TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
 if TYPE_CHECKING:
@@ -41,10 +50,14 @@ class Boot:
         self.log = log.start()
         self.kernel = linux.Kernel(log=self.log)
         self.cmdline = cmdline.Cmdline()
+        self.slot = self.cmdline  # the same, or what is booted instead
         self.mode = ""
+        self.failures: list[report.Failure] = []  # of the slots that could not be booted
+        self.next_entry = ""  # what the boot loader has been told to boot, because this boot cannot
         self.devices = Devices()
         self.plan = Plan()
         self.record: list[Step] = []
+        self.earlier: list[Step] = []  # of the slots that could not be booted
         self.waits: list[report.Wait] = []
         self.running = True
 
@@ -69,7 +82,7 @@ class Boot:
     def _run(self) -> None:
         with open("/proc/cmdline", "rb") as file:
             line = file.read()
-        self.cmdline = cmdline.parse(line)
+        self.slot = self.cmdline = cmdline.parse(line)
         self.log.debug_wanted = self.cmdline.debug
         self.log.debug(f"command line: {cmdline.redacted(line)}")
         self.log.debug(f"parsed: {self.cmdline}")
@@ -86,17 +99,62 @@ class Boot:
             return
         if self.cmdline.engaged:
             self._mount(layout, self.cmdline)
-        self._do(layout.sentinels(self.cmdline))
+        self._do(layout.sentinels(self.slot))
 
     def _mount(self, layout: ModuleType, asked: Cmdline) -> None:
-        devices = self._devices(layout.root_devices(asked))
-        self._do(layout.root(asked, devices))
-        image = image_of(layout, asked, SYSROOT)
-        devices = self._devices(layout.state_devices(asked, image))
-        self._do(layout.state(asked, devices, image))
+        self.slot, state = self._first_that_boots(layout, layout.attempts(asked))
+        self._do(state)
         done = [step.operation for step in self.record if step.outcome in SUCCEEDED]
         # Read once more: where /etc is persistent, the user's lines are in what is there now.
         self._do(_fstab(done, fstab.render(done, observe.image_fstab(SYSROOT)), asked))
+        if self.slot.instead_of:
+            self._do(layout.fell_back(self.slot, report.why_not(self.failures)))
+
+    def _first_that_boots(self, layout: ModuleType, attempts: tuple[Cmdline, ...]) -> tuple[Cmdline, Plan]:
+        """Mount the root of the first slot that has one and whose layout can be read; plan its state.
+
+        Raises the error of the slot that was asked for, with a word about the others.
+        """
+        for slot in attempts:
+            try:
+                self._do(layout.root(slot, self._devices(layout.root_devices(slot))))
+                image = image_of(layout, slot, SYSROOT)
+                devices = self._devices(layout.state_devices(slot, image))
+                return slot, layout.state(slot, devices, image)
+            except (AmbiguousError, CmdlineError, Interrupted):
+                raise
+            except (DeviceError, LayoutError, MountError) as error:
+                self.failures.append(report.Failure(mode=layout.mode(slot), error=error))
+                self.log.error(f"cannot boot {layout.mode(slot)}: {error.message}")
+                if len(attempts) > 1:
+                    self.take_back()
+        self._tell_boot_loader(layout)
+        raise report.together(self.failures)
+
+    def _tell_boot_loader(self, layout: ModuleType) -> None:
+        """Have another slot booted with its own kernel: when that is asked for, or none fits this kernel."""
+        mismatched = [each for each in self.failures if isinstance(each.error, KernelMismatchError)]
+        if self.cmdline.fallback == "off" or (self.cmdline.fallback == "same-boot" and not mismatched):
+            return
+        hopeless = tuple(each.mode for each in self.failures if each not in mismatched)
+        entry = layout.next_entry(self.cmdline, hopeless)
+        if not entry:
+            return
+        try:
+            self._do(layout.tell_boot_loader(self.cmdline, self.devices, entry))
+        except ImmucoreError as error:
+            self.log.error(f"cannot tell the boot loader to boot '{entry}': {error.message}")
+        else:
+            self.next_entry = entry
+
+    def take_back(self) -> None:
+        """Unmount what a slot that cannot be booted has mounted, so that the next finds nothing there."""
+        for number, step in reversed([*enumerate(self.record)]):
+            if isinstance(step.operation, Mount | Loop | Bind | Overlay) and step.outcome == linux.DONE:
+                self.kernel.unmount(step.operation.target)
+                self.record[number] = step.replace(outcome="undone")
+        self.earlier += self.record
+        self.record, self.plan, self.kernel = [], Plan(), linux.Kernel(log=self.log)
 
     def _devices(self, wanted: tuple[Wanted, ...]) -> Devices:
         """Return a look at the devices that shows the wanted ones; waits for what is missing."""
@@ -132,13 +190,23 @@ class Boot:
             self.log.debug(f"plan: {operation}, because {operation.why}")
         before = len(self.record)
         try:
-            execute(plan, self.kernel, self.record)
+            execute(plan, self.kernel, self.record, self._pause if self.cmdline.breaks else None)
         finally:
             for step in self.record[before:]:
                 self.log.debug(f"{step.outcome} in {step.took_usec} us: {step.operation}")
                 if step.reason and step.outcome in ("degraded", "ignored"):
                     self.log.warning(f"{step.reason}; the boot goes on without it")
                     self.log.debug(f"hint: {step.hint}")
+
+    def _pause(self, operation: Operation) -> None:
+        """Give the operator a shell before a step that rd.cos.break names by its path."""
+        if {operation.target, as_booted(operation.target)} & {*self.cmdline.breaks}:
+            from immucore import process
+
+            report.to_consoles(
+                f"immucore: before this step: {operation}\n  type exit to go on (rd.cos.break)"
+            )
+            process.shell()
 
 
 def image_of(layout: ModuleType, asked: Cmdline, root: str, run: str = observe.RUN) -> Image:
@@ -176,7 +244,12 @@ def _fstab(done: list[Operation], content: str, asked: Cmdline) -> Plan:
 
 def main() -> int:
     """Run the boot; the exit status is that of contract §9. As PID 1 it never returns."""
-    if not os.path.exists(INITRD_RELEASE):
+    first = os.getpid() == 1
+    if first:
+        from immucore import pid1
+
+        pid1.prepare()
+    elif not os.path.exists(INITRD_RELEASE):
         os.write(2, REFUSAL.encode())
         return CmdlineError.exit_status
     os.umask(0o022)
@@ -199,8 +272,12 @@ def main() -> int:
     except Exception as failure:  # noqa: BLE001  a bug too has to be told in one sentence, without a traceback
         error = _bug(boot.log, failure)
     status = _finish(boot, error)
-    while os.getpid() == 1:
-        _signal.pause()  # the end of PID 1 is a kernel panic, and would take the message with it
+    if first and not error:
+        pid1.switch_root(boot.cmdline)
+    if first or error:
+        from immucore import onfail
+
+        onfail.act(boot)
     return status
 
 
@@ -217,6 +294,10 @@ def _bug(boot_log: log.Log, failure: Exception) -> ImmucoreError:
 def _finish(boot: Boot, error: ImmucoreError | None) -> int:
     """Write the record, tell the outcome, and return the exit status."""
     reasons = report.degraded(boot.record)
+    if boot.slot.instead_of:
+        reasons.insert(
+            0, f"{boot.slot.mode} is booted instead of {boot.mode}: {report.why_not(boot.failures)}"
+        )
     status = error.exit_status if error else 0
     _tell(boot, error, reasons)
     files: dict[str, str] = {}
@@ -225,6 +306,10 @@ def _finish(boot: Boot, error: ImmucoreError | None) -> int:
             outcome="failed" if error else "degraded" if reasons else "ok",
             exit_status=status,
             mode=boot.mode,
+            booted=boot.slot.mode or boot.mode,
+            failures=boot.failures,
+            next_entry=boot.next_entry,
+            degraded=reasons,
             error=error,
             record=boot.record,
             waits=boot.waits,
@@ -246,7 +331,9 @@ def _finish(boot: Boot, error: ImmucoreError | None) -> int:
 
         evidence.keep(boot, files)
     if error:
-        report.to_consoles(report.summary(error, None))
+        from immucore import onfail
+
+        report.to_consoles(report.summary(error, None, onfail.sentence(boot)))
     elif reasons:
         report.to_consoles("immucore: this boot is degraded: " + "; ".join(reasons))
     return status
@@ -255,13 +342,13 @@ def _finish(boot: Boot, error: ImmucoreError | None) -> int:
 def _tell(boot: Boot, error: ImmucoreError | None, reasons: list[str]) -> None:
     """Log the outcome, and after a failure, or for debugging, what it was met with."""
     if error:
-        failing = boot.record[-1] if boot.record and boot.record[-1].outcome == "failed" else None
+        failing = next((step for step in [*boot.earlier, *boot.record] if step.outcome == "failed"), None)
         boot.log.error(report.summary(error, failing))
         for device in boot.devices.all:
             boot.log.debug(f"device: {device}")
     elif boot.cmdline.engaged:
         took_ms = (time.monotonic_ns() // 1000 - boot.started_usec) // 1000
-        mounted = f"{boot.mode} booted from {boot.cmdline.image} in {took_ms} ms"
+        mounted = f"{boot.slot.mode or boot.mode} booted from {boot.slot.image} in {took_ms} ms"
         boot.log.write(
             log.WARNING if reasons else log.INFO,
             f"{mounted}, degraded: {'; '.join(reasons)}" if reasons else mounted,
@@ -276,7 +363,7 @@ def _record(boot: Boot, result: dict[str, object], table: tuple[observe.MountPoi
     """Give the files of the record."""
     return {
         "plan.json": report.json(report.plan(boot.plan)) + "\n",
-        "steps.json": report.json(report.steps(boot.record)) + "\n",
+        "steps.json": report.json(report.steps([*boot.earlier, *boot.record])) + "\n",
         "mounts": report.mount_points(boot.record, boot.kernel.path, table),
         "immucore.log": "".join(f"{line}\n" for line in boot.log.lines),
         "result.json": report.json(result) + "\n",

@@ -13,7 +13,7 @@ from immucore import __version__, cmdline, layouts, observe, report
 from immucore.boot import INITRD_RELEASE, image_of
 from immucore.devices import Device, Devices
 from immucore.errors import CmdlineError, ImmucoreError
-from immucore.plan import SYSROOT, Plan, as_booted, is_below
+from immucore.plan import REQUIRED, SYSROOT, Missing, Plan, as_booted, is_below
 from immucore.self_test import self_test
 
 if TYPE_CHECKING:
@@ -118,6 +118,9 @@ def _concerns(path: str, target: str) -> bool:
 
 
 def _remarks(plan: Plan) -> None:
+    for each in plan:
+        if isinstance(each, Missing) and each.criticality == REQUIRED:
+            print(f"warning: this boot will fail: {each.reason}\n  hint: {each.hint}")
     for note in plan.notes:
         print(f"note: {note}")
     for warning in plan.warnings:

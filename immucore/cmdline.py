@@ -35,6 +35,13 @@ class Cmdline(Record):
     disable: bool = False
     fsck_mode: str = "auto"
     fsck_repair: str = "preen"
+    breaks: tuple[str, ...] = ()  # paths before whose steps a shell is wanted
+    safe: bool = False
+    no_persist: bool = False
+    fallback: str = "same-boot"
+    onfail: str = "shell"  # halt, reboot, or reboot:<seconds that the summary stays>
+    init: str = ""  # what is to be run in the new root; empty: the usual
+    instead_of: str = ""  # the mode that was asked for and failed, in the attempts after it
     warnings: tuple[str, ...] = ()
 
     @property
@@ -169,6 +176,24 @@ def _fsck_repair(value: str | None) -> str:
         raise ValueError("it has to be preen, yes or no") from None
 
 
+def _choice(*choices: str) -> Callable[[str | None], str]:
+    def read(value: str | None) -> str:
+        if value not in choices:
+            raise ValueError(f"it has to be {', '.join(choices[:-1])} or {choices[-1]}")
+        return value
+
+    return read
+
+
+def _onfail(value: str | None) -> str:
+    action, separator, seconds = _text(value).partition(":")
+    if action not in ("shell", "reboot", "halt") or (separator and action != "reboot"):
+        raise ValueError("it has to be shell, reboot, reboot:<seconds> or halt")
+    if separator:
+        _seconds(0, 86400)(seconds)
+    return _text(value)
+
+
 # Field of Cmdline → (spellings beside rd.cos.X and rd.immucore.X, reader). Contract §2; the last one wins.
 _NATIVE: dict[str, tuple[str, Callable[[str | None], Any]]] = {
     "overlay": ("rd.cos.overlay", overlay),
@@ -179,11 +204,17 @@ _NATIVE: dict[str, tuple[str, Callable[[str | None], Any]]] = {
     "debug_rw": ("rd.cos.debugrw", boolean),
     "disable": ("rd.cos.disable", boolean),
     "debug": ("rd.cos.debug", boolean),
+    "breaks": ("rd.cos.break", _text),
+    "safe": ("rd.cos.safe", boolean),
+    "no_persist": ("rd.cos.nopersist", boolean),
+    "fallback": ("rd.cos.fallback", _choice("same-boot", "reboot", "off")),
+    "onfail": ("rd.cos.onfail", _onfail),
 }
 _OTHER: dict[str, tuple[str, Callable[[str | None], Any]]] = {
     "cos_img/filename": ("image", _image),
     "elemental.image": ("image", _image),
     "root": ("root", _text),
+    "init": ("init", _text),
     "elemental.mode": ("mode", _text),
     "elemental.overlay": ("overlay", overlay),
     "elemental.oemlabel": ("oem_label", _text),
@@ -192,14 +223,10 @@ _OTHER: dict[str, tuple[str, Callable[[str | None], Any]]] = {
     "fsck.mode": ("fsck_mode", _fsck_mode),
     "fsck.repair": ("fsck_repair", _fsck_repair),
 }
+_REPEATABLE = ("mounts", "breaks")
 # Keys of the contract whose behaviour is not there yet → the values that ask for what happens anyway.
 _NOT_YET = {
-    "break": (),
-    "safe": ("0", "no", "off", "false"),
-    "nopersist": ("0", "no", "off", "false"),
-    "fallback": ("off",),
     "bootdisk": ("auto",),
-    "onfail": ("shell",),
 }
 
 
@@ -230,14 +257,14 @@ def parse(line: bytes) -> Cmdline:
                 taken = reader(value)
             except ValueError as reason:
                 default = getattr(Cmdline, field)
-                if field == "mounts":
+                if field in _REPEATABLE:
                     instead = "it is left out"
                 else:
                     values.pop(field, None)
                     instead = f"the default is taken: {'off' if default is False else default or 'none'}"
                 warnings.append(f"'{shown}' on the kernel command line cannot be read: {reason}; {instead}")
             else:
-                values[field] = (*values.get(field, ()), taken) if field == "mounts" else taken
+                values[field] = (*values.get(field, ()), taken) if field in _REPEATABLE else taken
         elif native and (name := key.split(".", 2)[2]) in _NOT_YET:
             if value not in _NOT_YET[name]:
                 warnings.append(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+OTHER_SLOT = "boot another slot from the boot menu, and install this one again from there"
+
 
 class ImmucoreError(Exception):
     """One sentence saying what could not be done and why; `hint` says what to type or change."""
@@ -32,10 +34,18 @@ class DeviceError(ImmucoreError):
     exit_status = 3
 
 
+class AmbiguousError(DeviceError):
+    """Several devices answer to one name: nothing is guessed, in this slot or in another."""
+
+
 class MountError(ImmucoreError):
     """The kernel refused; the message ends with its words."""
 
     exit_status = 4
+
+
+class KernelMismatchError(MountError):
+    """The image is whole, but of another kernel than the one that runs."""
 
 
 class Interrupted(ImmucoreError):

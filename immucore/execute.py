@@ -20,6 +20,7 @@ from immucore.plan import (
     Overlay,
     Plan,
     Seed,
+    TellBootLoader,
     WriteFile,
     as_booted,
     is_below,
@@ -28,6 +29,7 @@ from immucore.values import Record
 
 TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Protocol
 
     class Kernel(Protocol):
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
         def mount(self, source: str, target: str, fstype: str, options: tuple[str, ...]) -> str:
             """Mount a block device or a file system without one."""
 
-        def mount_loop(self, image: str, target: str, options: tuple[str, ...]) -> str:
+        def mount_loop(self, image: str, target: str, options: tuple[str, ...], init: str) -> str:
             """Mount an image file through a loop device."""
 
         def bind(self, source: str, target: str) -> str:
@@ -57,6 +59,9 @@ if TYPE_CHECKING:
         def write_file(self, target: str, content: str) -> str:
             """Write a small file."""
 
+        def tell_boot_loader(self, target: str, entry: str) -> str:
+            """Set what the boot loader boots next time."""
+
 
 SUCCEEDED = ("done", "present")
 
@@ -64,7 +69,7 @@ SUCCEEDED = ("done", "present")
 class Step(Record):
     """What became of an operation.
 
-    Done, present (it was so already), degraded, ignored, failed or skipped.
+    Done, present (it was so already), degraded, ignored, failed, skipped; undone, where a slot was given up.
     """
 
     operation: Operation
@@ -75,12 +80,17 @@ class Step(Record):
     hint: str = ""
 
 
-def execute(plan: Plan, kernel: Kernel, record: list[Step]) -> None:
+def execute(
+    plan: Plan, kernel: Kernel, record: list[Step], pause: Callable[[Operation], None] | None = None
+) -> None:
     """Carry out a plan. What lies below a path that was lost is skipped, never tried.
 
-    Each operation adds its Step to `record`, also the one that fails. Raises the error of the first required
-    operation that fails, and Interrupted whatever it interrupts.
+    Each operation adds its Step to `record`, also the one that fails. What does not depend on it is done
+    nevertheless: a failed boot is looked into by somebody, and goes on after the repair. Raises, at the end,
+    the error of the first required operation that failed; Interrupted at once, whatever it interrupts.
+    `pause` is called before each operation that is tried.
     """
+    first: ImmucoreError | None = None
     lost = [path for step in record if step.outcome not in SUCCEEDED for path in step.operation.loses]
     for operation in plan:
         started_usec = time.monotonic_ns() // 1000
@@ -92,6 +102,8 @@ def execute(plan: Plan, kernel: Kernel, record: list[Step]) -> None:
             failure = MountError(f"cannot {operation}: {as_booted(below)} {why}", hint=BELOW)
         else:
             try:
+                if pause is not None:
+                    pause(operation)
                 outcome = _call(operation, kernel)
             except OSError as error:
                 failure = _explained(operation, error)
@@ -112,8 +124,12 @@ def execute(plan: Plan, kernel: Kernel, record: list[Step]) -> None:
         record.append(step)
         if failure is not None:
             lost += operation.loses
-            if outcome == "failed":
+            if isinstance(failure, Interrupted):
                 raise failure
+            if outcome == "failed" and first is None:
+                first = failure
+    if first is not None:
+        raise first
 
 
 def _call(operation: Operation, kernel: Kernel) -> str:  # noqa: PLR0911  one for each kind
@@ -124,8 +140,8 @@ def _call(operation: Operation, kernel: Kernel) -> str:  # noqa: PLR0911  one fo
             return kernel.grow(source, target)
         case Mount(source=source, target=target, fstype=fstype, options=options):
             return kernel.mount(source, target, fstype, options)
-        case Loop(source=source, target=target, options=options):
-            return kernel.mount_loop(source, target, options)
+        case Loop(source=source, target=target, options=options, init=init):
+            return kernel.mount_loop(source, target, options, init)
         case Overlay(target=target, backing=backing):
             return kernel.overlay(target, backing)
         case Seed(source=source, target=target):
@@ -134,6 +150,8 @@ def _call(operation: Operation, kernel: Kernel) -> str:  # noqa: PLR0911  one fo
             return kernel.bind(source, target)
         case WriteFile(target=target, content=content):
             return kernel.write_file(target, content)
+        case TellBootLoader(target=target, entry=entry):
+            return kernel.tell_boot_loader(target, entry)
         case Missing(reason=reason, hint=hint):
             raise DeviceError(reason, hint=hint)
     raise TypeError(f"no kernel call for {type(operation).__name__}")

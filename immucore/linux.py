@@ -13,7 +13,7 @@ import struct
 import time
 
 from immucore import observe, seed, superblock, syscalls
-from immucore.errors import MountError
+from immucore.errors import OTHER_SLOT, MountError
 from immucore.fstab import overlay_paths, unescape
 from immucore.plan import SYSROOT, is_below
 
@@ -28,7 +28,6 @@ LOOP_CTL_GET_FREE = 0x4C82  # linux/loop.h
 LOOP_CONFIGURE = 0x4C0A  # since Linux 5.8
 LO_FLAGS_READ_ONLY, LO_FLAGS_AUTOCLEAR = 1, 4
 LOOP_ATTEMPTS = 1000  # another process may take the free device first (EBUSY): it got on, so will we
-OTHER_SLOT = "boot another slot from the boot menu, and install this one again from there"
 _FSTAB_ONLY = (
     "auto",
     "noauto",
@@ -51,10 +50,13 @@ class Kernel:
     directory that is not there is made where its parent is writable.
     """
 
-    def __init__(self, root: str = SYSROOT, log: Log | None = None) -> None:
+    def __init__(
+        self, root: str = SYSROOT, *, log: Log | None = None, modules: str = "/lib/modules"
+    ) -> None:
         self._roots = [root]
         self._log = log  # for what takes long; None: this process' own
         self._checks: dict[str, tuple[str, str]] = {}
+        self._modules = f"{modules}/{os.uname().release}"  # the initramfs' own, for the kernel that runs
         # What an earlier run has mounted, by its path; looked up once, so that the cost stays linear.
         self._found = {mount.target: mount for mount in observe.mounts()}
 
@@ -103,17 +105,17 @@ class Kernel:
             syscalls.mount(source, where, fstype, flags, data)
         return DONE
 
-    def mount_loop(self, image: str, target: str, options: tuple[str, ...]) -> str:
-        """Attach `image` to a free loop device and mount that; the last umount detaches it.
+    def mount_loop(self, image: str, target: str, options: tuple[str, ...], init: str = "") -> str:
+        """Attach `image` to a free loop device and mount that, if it is whole; the last umount detaches it.
 
-        The device stays open until mount(2) holds it: with LO_FLAGS_AUTOCLEAR its last close detaches the
-        image, and mounting then fails with EIO.
+        What it holds is looked at before it is mounted anywhere (contract §7); `init` is what the command
+        line wants run in it, or empty. The device stays open until the kernel has the file system: with
+        LO_FLAGS_AUTOCLEAR its last close detaches the image.
         """
         where = self.directory(target)
         there = self._found.get(where)
         try:
             image = self.path(image)
-            fstype = superblock.identify(image).fstype
         except FileNotFoundError:
             raise MountError(f"cannot find the image '{image}'", hint=OTHER_SLOT) from None
         if there and _backing_file(there) == image:
@@ -123,17 +125,20 @@ class Kernel:
                 f"cannot mount '{image}' on '{target}': {there.source} is mounted there already",
                 hint="look which unit did it: systemctl status sysroot.mount",
             )
-        if not fstype:
-            raise MountError(
-                f"cannot mount '{image}': no superblock of ext2/3/4, squashfs, erofs, xfs or btrfs in it",
-                hint=OTHER_SLOT,
-            )
-        flags, data = split_options(options)
-        device, descriptor = _attach(image, read_only="ro" in options)
+        fstype = _whole(image)
+        read_only = "ro" in options
+        device, descriptor = _attach(image, read_only=read_only)
         try:
-            syscalls.mount(device, where, fstype, flags, data)
+            tree = syscalls.detached_mount(device, fstype, read_only=read_only)
+        except OSError as error:
+            raise MountError(f"cannot mount '{image}': {error.strerror}", hint=OTHER_SLOT) from None
         finally:
             os.close(descriptor)
+        try:
+            observe.check_bootable(tree, image, init, self._modules)
+            syscalls.attach_mount(tree, where)
+        finally:
+            os.close(tree)
         return DONE
 
     def bind(self, source: str, target: str) -> str:
@@ -188,6 +193,10 @@ class Kernel:
         seed.copy_tree(self.directory(source), where)
         return DONE
 
+    def unmount(self, target: str) -> None:
+        """Take away what this run has mounted on `target`, at the latest when nobody uses it any more."""
+        syscalls.umount(self.path(target), syscalls.MNT_DETACH)
+
     def write_file(self, target: str, content: str) -> str:
         """Write `content` to `target` (mode 0644), replacing what was there in one step."""
         parent, _, name = target.rpartition("/")
@@ -200,6 +209,32 @@ class Kernel:
         with open(descriptor, "wb") as file:
             file.write(content.encode("utf-8", "surrogateescape"))
         os.rename(f"{where}.new", where)
+        return DONE
+
+    def tell_boot_loader(self, target: str, entry: str) -> str:
+        """Set next_entry in GRUB's environment block; a block that is none is made anew.
+
+        It is written in place, because GRUB wants it in one piece, and to the disk before anybody restarts.
+        """
+        from immucore import grubenv  # only a boot that has failed gets here
+
+        parent, _, name = target.rpartition("/")
+        path = f"{self.directory(parent)}/{name}"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        try:
+            values = grubenv.parse(os.read(descriptor, grubenv.SIZE_BYTES))
+            try:
+                block = grubenv.render({**values, "next_entry": entry})
+            except ValueError as reason:
+                raise MountError(
+                    f"cannot set next_entry in '{target}': {reason}",
+                    hint=f"remove what nobody needs: grub-editenv {target} unset …",
+                ) from None
+            os.pwrite(descriptor, block, 0)
+            os.ftruncate(descriptor, len(block))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
         return DONE
 
     def remove_file(self, path: str) -> str:
@@ -290,6 +325,23 @@ def _attach(image: str, *, read_only: bool) -> tuple[str, int]:
     finally:
         os.close(control)
         os.close(file)
+
+
+def _whole(image: str) -> str:
+    """Return the file system type of an image whose file has all that its superblock claims."""
+    size_bytes = os.stat(image).st_size
+    if not size_bytes:
+        raise MountError(f"cannot mount '{image}': the file is empty", hint=OTHER_SLOT)
+    found = superblock.identify(image)
+    if not found.fstype:
+        raise MountError(
+            f"cannot mount '{image}': no superblock of ext2/3/4, squashfs, erofs, xfs or btrfs in it",
+            hint=OTHER_SLOT,
+        )
+    if found.claimed_bytes > size_bytes:
+        lost = found.claimed_bytes - size_bytes
+        raise MountError(f"cannot mount '{image}': {lost} bytes of it are missing", hint=OTHER_SLOT)
+    return found.fstype
 
 
 def _same_source(there: MountPoint, source: str) -> bool:

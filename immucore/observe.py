@@ -8,7 +8,7 @@ import stat
 
 from immucore import envfile, syscalls
 from immucore.devices import Device, Devices
-from immucore.errors import LayoutError, MountError
+from immucore.errors import OTHER_SLOT, KernelMismatchError, LayoutError, MountError
 from immucore.fstab import lines_of, of_image, unescape
 from immucore.image import Image, Setting
 from immucore.values import Record
@@ -29,16 +29,21 @@ def text(path: str, *, missing: str = "") -> str:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return missing
-    content = b""
     try:
-        while block := os.read(descriptor, min(BLOCK_BYTES, MAX_FILE_BYTES - len(content))):
-            content += block
+        content = _all(descriptor)
     except OSError as error:
         error.filename = path
         raise
     finally:
         os.close(descriptor)
     return content.decode("utf-8", "surrogateescape")
+
+
+def _all(descriptor: int, limit_bytes: int = MAX_FILE_BYTES) -> bytes:
+    content = b""
+    while block := os.read(descriptor, min(BLOCK_BYTES, limit_bytes - len(content))):
+        content += block
+    return content
 
 
 def devices(sysfs: str = "/sys/class/block", udev: str = UDEV) -> Devices:
@@ -129,6 +134,33 @@ def _mount_points(table: str) -> Iterator[MountPoint]:
                 source=unescape(rest[1]),
                 superblock_options=rest[2],
             )
+
+
+INITS = ("sbin/init", "usr/lib/systemd/systemd", "lib/systemd/systemd", "etc/init", "bin/init")
+
+
+def check_bootable(root: int, image: str, init: str, modules: str) -> None:
+    """Look for an operating system below the directory `root`, open from the image at path `image`.
+
+    `init` is what the command line wants run in it, or empty; `modules` the initramfs' own directory for the
+    kernel that runs. Raises MountError, or KernelMismatchError where all but the modules is there.
+    """
+    lacks = ""
+    if not any(_exists(root, path, links=True) for path in ("etc/os-release", "usr/lib/os-release")):
+        lacks = "etc/os-release and usr/lib/os-release"
+    elif not any(_exists(root, path, links=True) for path in ([init] if init else INITS)):
+        lacks = f"init={init}" if init else "an init (/sbin/init)"
+    if lacks:
+        raise MountError(f"cannot boot '{image}': there is no {lacks} in it", hint=OTHER_SLOT)
+    release = modules.rpartition("/")[2]
+    # What the initramfs itself has tells whether this kernel has modules at all.
+    if os.path.isdir(modules) and not any(
+        _exists(root, f"{lib}/modules/{release}", links=True) for lib in ("usr/lib", "lib")
+    ):
+        raise KernelMismatchError(
+            f"cannot boot '{image}': it has no modules for the running kernel {release}",
+            hint="choose in the boot menu the entry that loads this image's own kernel",
+        )
 
 
 def image(root: str, run: str = RUN, *, lenient: bool = False) -> Image:
@@ -227,8 +259,10 @@ def _root_file(directory: int, path: str) -> str | None:
     """Read a file of the new root: its symlinks stay inside, and only a regular file is read."""
     try:
         descriptor = syscalls.openat2(directory, path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
-        with open(descriptor, "rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
+        try:
+            content = _all(descriptor, MAX_FILE_BYTES + 1)
+        finally:
+            os.close(descriptor)  # or a slot that cannot be booted could not be unmounted
     except OSError as error:
         if error.errno in _ABSENT:
             return None
@@ -244,10 +278,10 @@ def _root_file(directory: int, path: str) -> str | None:
     return content.decode("utf-8", "surrogateescape")
 
 
-def _exists(directory: int, path: str) -> bool:
-    """Tell whether there is something, if only a link to nowhere in this root."""
+def _exists(directory: int, path: str, *, links: bool = False) -> bool:
+    """Tell whether there is something in this root; without `links` a link to nowhere is something too."""
     try:
-        os.close(syscalls.openat2(directory, path, os.O_PATH | os.O_NOFOLLOW))
+        os.close(syscalls.openat2(directory, path, os.O_PATH | (0 if links else os.O_NOFOLLOW)))
     except OSError:
         return False
     return True

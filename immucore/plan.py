@@ -107,14 +107,27 @@ class Grow(Operation):
         return f"grow {self.target} to the size of {self.source}"
 
 
+class Refused(Missing):
+    """An entry of a list of paths that is none; its `target` names the entry, not a path."""
+
+    @property
+    def loses(self) -> tuple[str, ...]:
+        """Nothing: its siblings do not suffer from it."""
+        return ()
+
+    def __str__(self) -> str:
+        return f"leave out {self.target}"
+
+
 class Loop(Operation):
-    """Attach the image at `source` to a free loop device and mount that.
+    """Attach the image at `source` to a free loop device and mount that, if a system is in it.
 
     The type is read from its superblock.
     """
 
     source: str
     options: tuple[str, ...] = ("ro",)
+    init: str = ""  # what is to be run in it (init= of the command line); empty: the usual
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -174,6 +187,15 @@ class WriteFile(Operation):
 
     def __str__(self) -> str:
         return f"write {self.target}"
+
+
+class TellBootLoader(Operation):
+    """Have GRUB boot `entry` next time, once: next_entry in the environment block at `target`."""
+
+    entry: str
+
+    def __str__(self) -> str:
+        return f"set next_entry={self.entry} in {self.target}"
 
 
 class Plan(Record):

@@ -38,6 +38,27 @@ class Wait(Record):
     took_usec: int
 
 
+class Failure(Record):
+    """A slot that could not be booted."""
+
+    mode: str
+    error: ImmucoreError
+
+
+def why_not(failures: list[Failure]) -> str:
+    """Say why other slots than the one that is booted were not."""
+    return "; ".join(dict.fromkeys(f"{each.mode}: {each.error.message}" for each in failures))
+
+
+def together(failures: list[Failure]) -> ImmucoreError:
+    """Make one error of those of all slots: that of the one that was asked for, and why no other helped."""
+    first, *others = failures
+    if not others:
+        return first.error
+    message = f"{first.error.message}; and instead of {first.mode}: {why_not(others)}"
+    return type(first.error)(message, hint=first.error.hint)
+
+
 def json(value: object) -> str:
     """Write a value of dicts, lists, strings, numbers, booleans and None as JSON (RFC 8259)."""
     if isinstance(value, str):
@@ -93,6 +114,10 @@ def result(
     outcome: str,
     exit_status: int,
     mode: str,
+    booted: str,
+    failures: list[Failure],
+    next_entry: str,
+    degraded: list[str],
     error: ImmucoreError | None,
     record: list[Step],
     waits: list[Wait],
@@ -112,9 +137,11 @@ def result(
         "outcome": outcome,
         "exit_status": exit_status,
         "mode_asked": mode,
-        "mode_booted": mode if outcome in ("ok", "degraded") else "",
+        "mode_booted": booted if outcome in ("ok", "degraded") else "",
         "error": {"message": error.message, "hint": error.hint} if error else None,
-        "degraded": degraded(record),
+        "failures": [{"mode": each.mode, "message": each.error.message} for each in failures],
+        "next_entry": next_entry,
+        "degraded": degraded,
         "root": {"dev": f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}", "ino": status.st_ino}
         if status
         else None,
@@ -139,11 +166,11 @@ def mount_points(record: list[Step], real: Callable[[str], str], table: tuple[Mo
     return "".join(sorted(lines))
 
 
-def summary(error: ImmucoreError, step: Step | None) -> str:
-    """Say what a person at the console has to know: what, why, and what to type."""
+def summary(error: ImmucoreError, step: Step | None, end: str = "The boot stops here.") -> str:
+    """Say what a person at the console has to know: what, why, what to type, and what happens now."""
     doing = f"\n  while: {step.operation} ({step.operation.why})" if step else ""
     hint = f"\n  hint: {error.hint}" if error.hint else ""
-    return f"immucore: {error.message}{doing}{hint}\n  The boot stops here. More: immucore doctor"
+    return f"immucore: {error.message}{doing}{hint}\n  {end} More: immucore doctor"
 
 
 def to_consoles(message: str) -> None:

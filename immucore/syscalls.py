@@ -24,7 +24,14 @@ MS = {
     "lazytime": 1 << 25,
 }  # mount(2), linux/mount.h
 MS_BIND = 4096
-_NR_OPENAT2 = 437  # on every architecture but alpha
+MNT_DETACH = 2  # umount2(2)
+# asm-generic/unistd.h, the same on every architecture but alpha
+_NR_MOVE_MOUNT, _NR_FSOPEN, _NR_FSCONFIG, _NR_FSMOUNT, _NR_OPENAT2 = 429, 430, 431, 432, 437
+_FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 0, 1, 6  # linux/mount.h, as what follows
+_FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
+_MOUNT_ATTR_RDONLY = 1
+_MOVE_MOUNT_F_EMPTY_PATH = 4
+_AT_FDCWD = -100
 
 
 class _Function(_ctypes.CFuncPtr):
@@ -41,7 +48,9 @@ class _Long(_ctypes._SimpleCData):  # type: ignore[type-arg]  # it takes none be
 
 _program = _ctypes.dlopen(None, os.RTLD_NOW)  # type: ignore[arg-type]  # None is this program
 _mount = _Function(_ctypes.dlsym(_program, "mount"))
+_umount2 = _Function(_ctypes.dlsym(_program, "umount2"))
 _syncfs = _Function(_ctypes.dlsym(_program, "syncfs"))
+_reboot = _Function(_ctypes.dlsym(_program, "reboot"))
 _syscall = _Function(_ctypes.dlsym(_program, "syscall"))
 
 
@@ -50,6 +59,45 @@ def mount(source: str, target: str, fstype: str, flags: int, data: str) -> None:
     arguments = [os.fsencode(text) for text in (source, target, fstype, data)]
     if _mount(arguments[0], arguments[1], arguments[2], _Long(flags), arguments[3]) < 0:
         raise _error(target)
+
+
+def umount(target: str, flags: int = 0) -> None:
+    """Take away what was mounted last on `target`."""
+    if _umount2(os.fsencode(target), flags) < 0:
+        raise _error(target)
+
+
+def detached_mount(source: str, fstype: str, *, read_only: bool) -> int:
+    """Make a file system ready, mounted nowhere yet; closing the descriptor takes it back (fsmount(2))."""
+    context = _call(_NR_FSOPEN, os.fsencode(fstype), _FSOPEN_CLOEXEC, path=source)
+    try:
+        _call(_NR_FSCONFIG, context, _FSCONFIG_SET_STRING, b"source", os.fsencode(source), 0, path=source)
+        if read_only:
+            _call(_NR_FSCONFIG, context, _FSCONFIG_SET_FLAG, b"ro", None, 0, path=source)
+        _call(_NR_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0, path=source)
+        attributes = _MOUNT_ATTR_RDONLY if read_only else 0
+        return _call(_NR_FSMOUNT, context, _FSMOUNT_CLOEXEC, attributes, path=source)
+    finally:
+        os.close(context)
+
+
+def attach_mount(descriptor: int, target: str) -> None:
+    """Put what detached_mount() made in its place (move_mount(2))."""
+    where = os.fsencode(target)
+    _call(_NR_MOVE_MOUNT, descriptor, b"", _AT_FDCWD, where, _MOVE_MOUNT_F_EMPTY_PATH, path=target)
+
+
+def reboot(command: int) -> None:
+    """Restart or halt at once, without another word to anybody (reboot(2)); needs CAP_SYS_BOOT."""
+    if _reboot(_Long(command)) < 0:
+        raise _error("")
+
+
+def _call(number: int, *arguments: int | bytes | None, path: str) -> int:
+    answer = int(_syscall(_Long(number), *[_Long(a) if isinstance(a, int) else a for a in arguments]))
+    if answer < 0:
+        raise _error(path)
+    return answer
 
 
 def openat2(directory: int, path: str, flags: int, resolve: int = RESOLVE_IN_ROOT) -> int:

@@ -22,6 +22,7 @@ FILES = {"immucore.log", "mounts", "plan.json", "result.json", "steps.json"}
 MODES = {"active", "passive", "recovery", "live"}
 BIND_STATE = 'PERSISTENT_STATE_PATHS="/var /home"\nPERSISTENT_STATE_BIND=true\n'
 OVERLAY_STATE = 'PERSISTENT_STATE_PATHS="/var /home"\nPERSISTENT_STATE_BIND=false\n'
+ALONE = f"{ACTIVE} rd.cos.fallback=off"
 OTHER_SLOT = "boot another slot from the boot menu, and install this one again from there"
 
 
@@ -336,15 +337,14 @@ def test_debug_tells_everything(machine: Machine, agent: Sequence[str]) -> None:
 
 
 def test_warns_of_every_key_it_does_not_know(machine: Machine, agent: Sequence[str]) -> None:
-    boot = machine.boot(f"{ACTIVE} rd.cos.nonsense=1 rd.cos.safe rd.cos.timeout=soon", agent)
+    boot = machine.boot(f"{ACTIVE} rd.cos.nonsense=1 rd.cos.timeout=soon", agent)
 
     assert boot.status == 0
     warnings = [line for line in boot.stderr.splitlines() if line.startswith("<4>")]
-    assert len(warnings) == 3
+    assert len(warnings) == 2
     assert "rd.cos.nonsense=1" in warnings[0]
-    assert "not supported yet" in warnings[1]
-    assert "rd.cos.timeout=soon" in warnings[2]
-    assert "180" in warnings[2]
+    assert "rd.cos.timeout=soon" in warnings[1]
+    assert "180" in warnings[1]
 
 
 def test_tells_the_kernel_log_without_systemd(machine: Machine, agent: Sequence[str]) -> None:
@@ -361,7 +361,7 @@ def test_no_state_partition(machine: Machine, agent: Sequence[str]) -> None:
     machine.record(machine.part("state")).unlink()
     started = time.monotonic()
 
-    boot = machine.boot(f"{ACTIVE} rd.cos.timeout=1", agent)
+    boot = machine.boot(f"{ALONE} rd.cos.timeout=1", agent)
 
     assert time.monotonic() - started < 4
     seen = [("COS_OEM", "oem"), ("COS_RECOVERY", "recovery"), ("COS_PERSISTENT", "persistent")]
@@ -418,36 +418,172 @@ def test_oem_that_never_comes(machine: Machine, agent: Sequence[str]) -> None:
 
 
 def test_image_missing(machine: Machine, agent: Sequence[str]) -> None:
-    boot = machine.boot(ACTIVE.replace("active.img", "gone.img"), agent)
+    boot = machine.boot(ALONE.replace("active.img", "gone.img"), agent)
 
     check_failed(machine, boot, 4, f"cannot find the image '{STATE}/cOS/gone.img'", OTHER_SLOT)
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage" * 10000])
-def test_image_is_no_file_system(machine: Machine, agent: Sequence[str], content: bytes) -> None:
+def test_image_empty(machine: Machine, agent: Sequence[str]) -> None:
     with machine.partition("state") as state:
-        (state / "cOS/active.img").write_bytes(content)
+        (state / "cOS/active.img").write_bytes(b"")
 
-    boot = machine.boot(ACTIVE, agent)
+    boot = machine.boot(ALONE, agent)
+
+    check_failed(machine, boot, 4, f"cannot mount '{STATE}/cOS/active.img': the file is empty", OTHER_SLOT)
+
+
+def test_image_is_no_file_system(machine: Machine, agent: Sequence[str]) -> None:
+    with machine.partition("state") as state:
+        (state / "cOS/active.img").write_bytes(b"garbage" * 10000)
+
+    boot = machine.boot(ALONE, agent)
 
     known = "ext2/3/4, squashfs, erofs, xfs or btrfs"
     message = f"cannot mount '{STATE}/cOS/active.img': no superblock of {known} in it"
     check_failed(machine, boot, 4, message, OTHER_SLOT)
 
 
-@pytest.mark.parametrize("kept_bytes", [2048, 65536, 4 << 20])
+@pytest.mark.parametrize("kept_bytes", [4096, 65536, 4 << 20])
 def test_image_cut_short(machine: Machine, agent: Sequence[str], kept_bytes: int) -> None:
     """The superblock is whole and says more than there is."""
     with machine.partition("state") as state:
         os.truncate(state / "cOS/active.img", kept_bytes)
 
+    boot = machine.boot(ALONE, agent)
+
+    message = f"cannot mount '{STATE}/cOS/active.img': {(8 << 20) - kept_bytes} bytes of it are missing"
+    check_failed(machine, boot, 4, message, OTHER_SLOT)
+
+
+@pytest.mark.parametrize(
+    ("missing", "lacks"),
+    [
+        ("etc/os-release", "etc/os-release and usr/lib/os-release"),
+        ("sbin/init", "an init (/sbin/init)"),
+    ],
+)
+def test_image_without_a_system(machine: Machine, agent: Sequence[str], missing: str, lacks: str) -> None:
+    with machine.image() as root:
+        (root / missing).unlink()
+
+    boot = machine.boot(ALONE, agent)
+
+    message = f"cannot boot '{STATE}/cOS/active.img': there is no {lacks} in it"
+    check_failed(machine, boot, 4, message, OTHER_SLOT)
+    assert [mount.target for mount in boot.mounts] == [STATE]
+
+
+def test_init_of_the_command_line_is_what_counts(machine: Machine, agent: Sequence[str]) -> None:
+    boot = machine.boot(f"{ALONE} init=/sbin/other", agent)
+
+    message = f"cannot boot '{STATE}/cOS/active.img': there is no init=/sbin/other in it"
+    check_failed(machine, boot, 4, message, OTHER_SLOT)
+
+
+# Another slot in the same boot
+
+
+def check_fallback(machine: Machine, boot: Boot, mode: str, reason: str) -> None:
+    """Check that another slot was booted, and that everyone can see which and why."""
+    assert boot.status == 0
+    assert (boot.result["mode_asked"], boot.result["mode_booted"]) == ("active", mode)
+    assert boot.result["outcome"] == "degraded"
+    assert boot.result["failures"][0]["message"].startswith(reason)
+    assert sentinels(machine) == {f"cos/{mode}_mode", f"elemental/{mode}_mode"}
+    told = machine.path("/run/cos/upgrade_failure").read_text()
+    assert told.startswith(f"active: {reason}")
+    assert f"{mode} is booted instead of active: active: {reason}" in boot.console
+    assert f"{mode} is booted instead of active" in machine.path("/run/cos/degraded").read_text()
+    assert machine.path("/sysroot/etc/slot").read_text() == mode
+    machine.run("sh", GUARD)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "cannot find the image": lambda image: image.unlink(),
+    "cannot mount": lambda image: os.truncate(image, 1 << 20),
+}
+
+
+@pytest.mark.parametrize("reason", DAMAGE)
+def test_passive_instead_of_active(machine: Machine, agent: Sequence[str], reason: str) -> None:
+    with machine.partition("state") as state:
+        DAMAGE[reason](state / "cOS/active.img")
+
     boot = machine.boot(ACTIVE, agent)
 
-    assert boot.status == 4
-    assert boot.result["outcome"] == "failed"
-    assert boot.result["error"]["message"].startswith("cannot ")
-    assert boot.result["error"]["hint"]
-    assert sentinels(machine) == set()
+    check_fallback(machine, boot, "passive", reason)
+    undisturbed = machine.mounts()
+    again = machine.boot(ACTIVE, agent)
+    assert [(m.target, m.device) for m in machine.mounts()] == [(m.target, m.device) for m in undisturbed]
+    assert again.result["mode_booted"] == "passive"
+
+
+def test_passive_instead_of_an_active_whose_layout_cannot_be_read(
+    machine: Machine, agent: Sequence[str]
+) -> None:
+    """All that active had mounted is taken back first."""
+    layout(machine, "VOLUMES='LABEL=x\n")
+
+    boot = machine.boot(ACTIVE, agent)
+
+    check_fallback(machine, boot, "passive", "cannot read line 1 of /etc/cos/cos-layout.env")
+    assert [mount.target for mount in boot.mounts].count("/sysroot") == 1
+    assert [mount.target for mount in boot.mounts].count(STATE) == 1
+
+
+def test_recovery_instead_of_both(machine: Machine, agent: Sequence[str]) -> None:
+    with machine.partition("state") as state:
+        for image in (state / "cOS").iterdir():
+            os.truncate(image, 1 << 20)
+
+    boot = machine.boot(ACTIVE, agent)
+
+    check_fallback(machine, boot, "recovery", "cannot mount")
+    assert [failure["mode"] for failure in boot.result["failures"]] == ["active", "passive"]
+    (where,) = (mount for mount in boot.mounts if mount.target == STATE)
+    assert where.source == machine.part("recovery")
+
+
+def test_recovery_instead_of_a_state_partition(machine: Machine, agent: Sequence[str]) -> None:
+    machine.record(machine.part("state")).unlink()
+
+    boot = machine.boot(f"{ACTIVE} rd.cos.timeout=1", agent)
+
+    check_fallback(machine, boot, "recovery", "cannot find a filesystem labelled 'COS_STATE'")
+
+
+def test_no_slot_is_left(machine: Machine, agent: Sequence[str]) -> None:
+    for place in ("state", "recovery"):
+        with machine.partition(place) as files:
+            for image in (files / "cOS").iterdir():
+                image.write_bytes(b"")
+
+    boot = machine.boot(ACTIVE, agent)
+
+    empty = [
+        f"cannot mount '{STATE}/cOS/{name}': the file is empty" for name in ("active.img", "passive.img")
+    ]
+    empty += [f"cannot mount '{STATE}/cOS/recovery.squashfs': the file is empty"]
+    empty += [f"cannot mount '{STATE}/cOS/recovery.img': the file is empty"]
+    others = f"passive: {empty[1]}; recovery: {empty[2]}; recovery: {empty[3]}"
+    message = f"{empty[0]}; and instead of active: {others}"
+    check_failed(machine, boot, 4, message, OTHER_SLOT)
+    assert boot.mounts == []
+    assert boot.result["next_entry"] == ""
+
+
+def test_a_missing_volume_is_nothing_that_another_slot_would_have(
+    machine: Machine, agent: Sequence[str]
+) -> None:
+    machine.record(machine.part("persistent")).unlink()
+
+    boot = machine.boot(f"{ACTIVE} rd.cos.timeout=1", agent)
+
+    assert (boot.status, boot.result["failures"]) == (3, [])
+    assert boot.outcomes()["overlay /sysroot/etc"] == "done"  # the siblings are there for who looks into it
+
+
+# What cannot be booted at all
 
 
 def test_unknown_mode(machine: Machine, agent: Sequence[str]) -> None:
@@ -460,7 +596,7 @@ def test_unknown_mode(machine: Machine, agent: Sequence[str]) -> None:
 def test_syntax_error_in_the_layout(machine: Machine, agent: Sequence[str]) -> None:
     layout(machine, "RW_PATHS=/etc\nVOLUMES='LABEL=x\n")
 
-    boot = machine.boot(ACTIVE, agent)
+    boot = machine.boot(ALONE, agent)
 
     name = "/etc/cos/cos-layout.env"
     check_failed(
@@ -485,7 +621,7 @@ def test_damaged_layout_file(machine: Machine, agent: Sequence[str]) -> None:
         damage = "set_inode_field /etc/cos/cos-layout.env mode 0"
         machine.run("debugfs", "-w", "-R", damage, "/machine/partition/cOS/active.img")
 
-    boot = machine.boot(ACTIVE, agent)
+    boot = machine.boot(ALONE, agent)
 
     assert boot.status == 4
     assert "/etc/cos/cos-layout.env" in boot.result["error"]["message"]
@@ -508,7 +644,7 @@ def test_layout_that_is_no_file(machine: Machine, agent: Sequence[str], kind: st
             case "dangling":
                 path.symlink_to("/nowhere")
 
-    boot = machine.boot(ACTIVE, agent)
+    boot = machine.boot(ALONE, agent)
 
     assert "this is a bug" not in boot.stderr
     assert "Traceback" not in boot.files["immucore.log"]
@@ -572,7 +708,9 @@ def test_a_writable_path_that_is_lost(machine: Machine, source: Sequence[str], p
     with machine.image() as root:
         lost = root / path[1:]
         if path == "/etc":
+            (root / "usr/lib").mkdir()
             lost.rename(root / "etc.before")
+            (root / "etc.before/os-release").rename(root / "usr/lib/os-release")
         else:
             shutil.rmtree(lost)
         lost.write_text("a file")
@@ -753,7 +891,7 @@ def test_layout_that_is_a_link_out_of_the_image(machine: Machine, agent: Sequenc
 def test_without_udev_database(machine: Machine, agent: Sequence[str]) -> None:
     shutil.rmtree(machine.path("/machine/udev/data"))
 
-    boot = machine.boot(f"{ACTIVE} rd.cos.timeout=1 rd.cos.oemtimeout=1", agent)
+    boot = machine.boot(f"{ALONE} rd.cos.timeout=1 rd.cos.oemtimeout=1", agent)
 
     check_failed(machine, boot, 3, "cannot find a filesystem labelled 'COS_STATE'", "labels seen: none")
 

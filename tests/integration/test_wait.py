@@ -127,7 +127,7 @@ def test_the_time_counts_from_the_start_of_the_initramfs(machine: Machine, sourc
         f"6,1,{int((time.monotonic() - 58) * 1e6)},-;Run /init as init process\n"
     )
 
-    boot = machine.boot(f"{ACTIVE} rd.cos.timeout=60", source)
+    boot = machine.boot(f"{ACTIVE} rd.cos.timeout=60 rd.cos.fallback=off", source)
 
     assert boot.status == 3
     assert 2.9e6 < boot.result["waits"][0]["took_usec"] < 4.5e6  # three seconds at least, for udev

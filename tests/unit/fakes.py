@@ -62,8 +62,11 @@ class FakeKernel:
     def mount(self, source: str, target: str, fstype: str, options: tuple[str, ...]) -> str:
         return self._call(target, "mount", source, target, fstype, ",".join(options))
 
-    def mount_loop(self, image: str, target: str, options: tuple[str, ...]) -> str:
-        return self._call(target, "loop", image, target, ",".join(options))
+    def mount_loop(self, image: str, target: str, options: tuple[str, ...], init: str) -> str:
+        return self._call(target, "loop", image, target, ",".join(options), init)
+
+    def tell_boot_loader(self, target: str, entry: str) -> str:
+        return self._call(target, "tell_boot_loader", target, entry)
 
     def bind(self, source: str, target: str) -> str:
         return self._call(target, "bind", source, target)

@@ -119,6 +119,8 @@ ON, OFF = (b"", b"=1", b"=yes", b"=on", b"=true", b"=TRUE"), (b"=0", b"=no", b"=
 SWITCHES = {
     "debug": (b"rd.cos.debug", b"rd.immucore.debug"),
     "debug_rw": (b"rd.cos.debugrw", b"rd.immucore.debugrw"),
+    "safe": (b"rd.cos.safe", b"rd.immucore.safe"),
+    "no_persist": (b"rd.cos.nopersist", b"rd.immucore.nopersist"),
     "disable": (b"rd.cos.disable", b"rd.immucore.disable", b"elemental.disable"),
 }
 
@@ -161,6 +163,13 @@ def test_a_switch(field: str, key: bytes) -> None:
         ("elemental.oemtimeout=60", "oem_timeout_sec", 60),
         ("rd.cos.timeout=0", "timeout_sec", 0),
         ("rd.immucore.timeout=7", "timeout_sec", 7),
+        ("rd.cos.break=/etc", "breaks", ("/etc",)),
+        ("rd.cos.fallback=reboot", "fallback", "reboot"),
+        ("rd.immucore.fallback=off", "fallback", "off"),
+        ("rd.cos.onfail=reboot:5", "onfail", "reboot:5"),
+        ("rd.cos.onfail=reboot", "onfail", "reboot"),
+        ("rd.cos.onfail=halt", "onfail", "halt"),
+        ("init=/bin/sh", "init", "/bin/sh"),
     ],
 )
 def test_a_key(word: str, field: str, value: Any) -> None:
@@ -170,14 +179,15 @@ def test_a_key(word: str, field: str, value: Any) -> None:
 def test_the_last_one_wins_and_mounts_add_up() -> None:
     asked = cmdline.parse(
         b"rd.cos.oemlabel=A rd.immucore.oemlabel=B elemental.oemlabel=C"
-        b" rd.cos.mount=LABEL=A:/a rd.immucore.mount=LABEL=B:/b"
+        b" rd.cos.mount=LABEL=A:/a rd.immucore.mount=LABEL=B:/b rd.cos.break=/a rd.cos.break=/b"
     )
-    assert asked == Cmdline(oem_label="C", mounts=("LABEL=A:/a", "LABEL=B:/b"))
+    assert asked == Cmdline(oem_label="C", mounts=("LABEL=A:/a", "LABEL=B:/b"), breaks=("/a", "/b"))
 
 
 NUMBER = "it has to be a number of seconds from "
 VOLUME = "it has to be <device>:/mountpoint[:options] (LABEL=DATA:/data); it is left out"
 SWITCH = "it is a switch: 1 or 0, yes or no, on or off, true or false; the default is taken: off"
+ONFAIL = "it has to be shell, reboot, reboot:<seconds> or halt; the default is taken: shell"
 OVERLAY = (
     "it has to be tmpfs:<size> (20%, 512m) or a device (LABEL=…, UUID=…); the default is taken: tmpfs:20%"
 )
@@ -206,6 +216,11 @@ OVERLAY = (
         ("rd.cos.timeout", NUMBER + "0 to 1000000000; the default is taken: 180"),
         ("rd.cos.debug=maybe", SWITCH),
         ("elemental.disable=", SWITCH),
+        ("rd.cos.break=", "it needs a value; it is left out"),
+        ("rd.cos.fallback", "it has to be same-boot, reboot or off; the default is taken: same-boot"),
+        ("rd.cos.onfail=panic", ONFAIL),
+        ("rd.cos.onfail=halt:5", ONFAIL),
+        ("rd.cos.onfail=reboot:", NUMBER + "0 to 86400; the default is taken: shell"),
     ],
 )
 def test_a_malformed_value_is_one_warning_and_the_default(word: str, reason: str) -> None:
@@ -222,13 +237,7 @@ def test_a_malformed_value_takes_the_default_even_after_a_good_one() -> None:
 @pytest.mark.parametrize(
     "word",
     [
-        "rd.cos.break=overlay",
-        "rd.cos.safe",
-        "rd.cos.nopersist=1",
-        "rd.cos.fallback",
-        "rd.cos.fallback=reboot",
         "rd.cos.bootdisk=/dev/sda",
-        "rd.cos.onfail=reboot:5",
     ],
 )
 def test_a_key_whose_behaviour_is_not_there_yet_says_so(word: str) -> None:
@@ -280,7 +289,8 @@ def test_an_unknown_key_of_ours_is_a_warning(word: str) -> None:
         "quiet ro panic=5 console=ttyS0,115200n8",
         "elemental.health_check rd.break rd.cosmic=1 xrd.cos.debug",
         "fsck.mode=auto fsck.repair=preen",
-        "rd.cos.safe=0 rd.cos.nopersist=off rd.cos.fallback=off rd.cos.bootdisk=auto rd.cos.onfail=shell",
+        "rd.cos.safe=0 rd.cos.nopersist=off rd.cos.bootdisk=auto",
+        "rd.cos.fallback=same-boot rd.cos.onfail=shell",
         "-- rd.cos.debug rd.cos.nonsense",
     ],
 )

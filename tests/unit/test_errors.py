@@ -15,6 +15,8 @@ from immucore import errors
         ("LayoutError", 2),
         ("DeviceError", 3),
         ("MountError", 4),
+        ("AmbiguousError", 3),
+        ("KernelMismatchError", 4),
         ("Interrupted", 4),
     ],
 )
@@ -27,7 +29,7 @@ def test_the_class_decides_the_exit_status(name: str, status: int) -> None:
 
 def test_every_class_is_in_the_table() -> None:
     classes = [each for each in vars(errors).values() if isinstance(each, type)]
-    assert len(classes) == 6
+    assert len(classes) == 8
 
 
 def test_the_hint_may_be_left_out() -> None:

@@ -25,6 +25,7 @@ from immucore.plan import (
     Overlay,
     Plan,
     Seed,
+    TellBootLoader,
     WriteFile,
     is_below,
 )
@@ -47,7 +48,8 @@ EVERY_KIND: tuple[tuple[Operation, str], ...] = (
         Mount(source="/dev/a", target="/m", fstype="ext4", options=("ro", "noatime"), why="x"),
         "mount /dev/a /m ext4 ro,noatime",
     ),
-    (Loop(source="/i/a.img", target="/sysroot", why="x"), "loop /i/a.img /sysroot ro"),
+    (Loop(source="/i/a.img", target="/sysroot", why="x"), "loop /i/a.img /sysroot ro "),
+    (TellBootLoader(target="/g", entry="fallback", why="x"), "tell_boot_loader /g fallback"),
     (Overlay(target="/sysroot/etc", backing="/run/o", why="x"), "overlay /sysroot/etc /run/o"),
     (Seed(source="/sysroot/etc", target="/s/etc.bind", why="x"), "seed /sysroot/etc /s/etc.bind"),
     (Bind(source="/s/etc.bind", target="/sysroot/etc", why="x"), "bind /s/etc.bind /sysroot/etc"),
@@ -115,14 +117,26 @@ def test_the_boot_goes_on_without_what_is_not_required(criticality: str, outcome
     assert steps[0].hint == "look at what the kernel says: dmesg | tail"
 
 
-def test_what_is_required_stops_the_boot() -> None:
+def test_what_is_required_stops_the_boot_and_its_siblings_are_done() -> None:
     kernel = FakeKernel(broken={"/a": errno.EIO})
     record: list[Step] = []
     with pytest.raises(MountError, match="cannot mount /dev/a on /a") as caught:
-        execute(Plan(operations=(mount("/a"), mount("/b"))), kernel, record)
+        execute(Plan(operations=(mount("/a"), mount("/b"), mount("/a/c"))), kernel, record)
     assert caught.value.exit_status == 4
-    assert kernel.calls == ["mount /dev/a /a ext4 "]
-    assert [(step.outcome, step.reason) for step in record] == [("failed", caught.value.message)]
+    assert kernel.calls == ["mount /dev/a /a ext4 ", "mount /dev/a /b ext4 "]
+    assert [(step.outcome, step.reason) for step in record] == [
+        ("failed", caught.value.message),
+        ("done", ""),
+        ("failed", "cannot mount /dev/a on /a/c (ext4): /a is not there"),
+    ]
+
+
+def test_pauses_before_what_is_tried() -> None:
+    paused: list[str] = []
+    kernel = FakeKernel(broken={"/a": errno.EIO})
+    plan = Plan(operations=(mount("/a", OPTIONAL), mount("/a/b", OPTIONAL), mount("/c")))
+    execute(plan, kernel, [], lambda operation: paused.append(operation.target))
+    assert paused == ["/a", "/c"]
 
 
 def test_skips_what_lies_below_a_lost_mount() -> None:

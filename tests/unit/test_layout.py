@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from immucore import cmdline, fstab, layouts
 from immucore.devices import Device, Devices, Wanted
-from immucore.errors import CmdlineError, DeviceError, ImmucoreError, LayoutError
+from immucore.errors import CmdlineError, ImmucoreError, LayoutError
 from immucore.image import Image, Setting
 from immucore.layouts import cos
 from immucore.plan import (
@@ -23,7 +23,9 @@ from immucore.plan import (
     Operation,
     Overlay,
     Plan,
+    Refused,
     Seed,
+    TellBootLoader,
     WriteFile,
     as_booted,
     is_below,
@@ -38,6 +40,8 @@ DISK = Devices(
     )
 )
 ACTIVE = "root=LABEL=COS_ACTIVE cos-img/filename=/cOS/active.img"
+
+RECOVERIES = ["recovery /cOS/recovery.squashfs", "recovery /cOS/recovery.img"]
 
 
 def asked(line: str) -> Cmdline:
@@ -157,12 +161,7 @@ def test_an_overlay_device_is_not_waited_for_when_nothing_needs_it() -> None:
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        ({"RW_PATHS": "etc"}, "cannot use 'etc' (RW_PATHS in {}) as a path"),
-        ({"RW_PATHS": "/"}, "cannot use '/' (RW_PATHS in {}) as a path"),
-        ({"RW_PATHS": "/a/.."}, "cannot use '/a/..' (RW_PATHS in {}) as a path"),
-        ({"RW_PATHS": "/a\\b"}, "cannot use '/a\\b' (RW_PATHS in {}) as a path"),
         ({"PERSISTENT_STATE_TARGET": "x"}, "cannot use 'x' (PERSISTENT_STATE_TARGET in {}) as a path"),
-        ({"CUSTOM_BIND_MOUNTS": "x"}, "cannot use 'x' (CUSTOM_BIND_MOUNTS in {}) as a path"),
         ({"VOLUMES": "LABEL=A:/"}, "cannot use '/' (VOLUMES in {}) as a path"),
         ({"VOLUMES": "A:/a"}, "cannot read the volume 'A:/a' (VOLUMES in {})"),
         ({"VOLUMES": "LABEL=A"}, "cannot read the volume 'LABEL=A' (VOLUMES in {})"),
@@ -182,6 +181,21 @@ def test_a_layout_that_cannot_be_read_is_refused(layout: dict[str, str], message
         cos.state_devices(asked(ACTIVE), image_of(layout))
     assert caught.value.message == message.format("/etc/cos/cos-layout.env")
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["RW_PATHS", "PERSISTENT_STATE_PATHS", "CUSTOM_BIND_MOUNTS"])
+@pytest.mark.parametrize("entry", ["etc", "/", "/a/..", "/a\\b"])
+def test_an_entry_that_is_no_path_does_not_take_its_siblings_with_it(name: str, entry: str) -> None:
+    good = cos.state(asked(ACTIVE), DISK, image_of({name: "/etc /srv"}))
+    plan = cos.state(asked(ACTIVE), DISK, image_of({name: f"/etc {entry} /srv"}))
+
+    assert [each for each in plan if not isinstance(each, Missing)] == [*good]
+    (refused,) = (each for each in plan if isinstance(each, Missing))
+    assert refused.reason == f"cannot use '{entry}' ({name} in /etc/cos/cos-layout.env) as a path"
+    assert (refused.criticality, refused.target) == (
+        "important",
+        f"'{entry}' of {name} in /etc/cos/cos-layout.env",
+    )
 
 
 def test_the_same_volume_twice_is_one() -> None:
@@ -204,8 +218,10 @@ def test_a_state_path_that_would_hold_itself_is_refused(path: str, bind: str) ->
 
 
 def test_a_required_volume_that_is_missing_stops_the_plan() -> None:
-    with pytest.raises(DeviceError, match="cannot find a filesystem labelled 'DATA'"):
-        cos.state(asked(f"{ACTIVE} rd.cos.mount=LABEL=DATA:/data"), DISK, Image())
+    plan = cos.state(asked(f"{ACTIVE} rd.cos.mount=LABEL=DATA:/data"), DISK, Image())
+    (missing,) = (each for each in plan if isinstance(each, Missing))
+    assert (missing.target, missing.criticality) == ("/sysroot/data", "required")
+    assert missing.reason == "cannot find a filesystem labelled 'DATA'"
 
 
 @pytest.mark.parametrize(("options", "criticality"), [("", "required"), (":nofail", "optional")])
@@ -308,11 +324,18 @@ def test_two_volumes_on_two_names_of_one_directory_are_refused() -> None:
 
 @pytest.mark.parametrize(
     "layout",
-    [{"RW_PATHS": "/x"}, {"PERSISTENT_STATE_PATHS": "/x"}, {"VOLUMES": "LABEL=COS_PERSISTENT:/x"}],
+    [{"RW_PATHS": "/x"}, {"PERSISTENT_STATE_PATHS": "/x"}],
 )
 def test_a_listed_path_that_leads_to_the_root_is_refused(layout: dict[str, str]) -> None:
+    plan = cos.state(asked(ACTIVE), DISK, linked(layout, ("/x", "/")))
+    assert [each.target for each in plan if isinstance(each, Missing)] == [
+        f"'/x' of {next(iter(layout))} in /etc/cos/cos-layout.env"
+    ]
+
+
+def test_a_volume_that_leads_to_the_root_is_refused() -> None:
     with pytest.raises(LayoutError):
-        cos.state(asked(ACTIVE), DISK, linked(layout, ("/x", "/")))
+        cos.state(asked(ACTIVE), DISK, linked({"VOLUMES": "LABEL=COS_PERSISTENT:/x"}, ("/x", "/")))
 
 
 def test_every_path_whose_symlinks_have_to_be_known() -> None:
@@ -412,8 +435,11 @@ def test_every_plan_is_one_that_can_be_carried_out(
     event("planned")
     assert plan == whole(asked(line), devices, image)
     targets = [operation.target for operation in plan]
-    places = [operation.target for operation in plan if made(operation)]
+    places = [each.target for each in plan if made(each) and each.target.startswith("/")]
     for operation in plan:
+        if isinstance(operation, Refused):
+            assert operation.criticality == "important"
+            continue
         place = "/dev" if isinstance(operation, Check) else "/run"
         assert is_below(operation.target, "/sysroot") or is_below(operation.target, place)
         assert ".." not in [part for need in operation.needs for part in need.split("/")]
@@ -475,4 +501,118 @@ def test_the_devices_asked_for_are_the_devices_planned(devices: Devices, layout:
         plan = whole(line, Devices(all=tuple(there)), image)
     except LayoutError:
         return
-    assert [each for each in plan if isinstance(each, Missing)] == []
+    assert [each for each in plan if isinstance(each, Missing) and not isinstance(each, Refused)] == []
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (
+            ACTIVE,
+            ["active /cOS/active.img", "passive /cOS/passive.img", *RECOVERIES],
+        ),
+        (
+            "root=UUID=1 elemental.mode=active elemental.image=/x/active.squashfs",
+            ["active /x/active.squashfs", "passive /x/passive.squashfs", *RECOVERIES],
+        ),
+        (
+            "root=LABEL=COS_PASSIVE cos-img/filename=/cOS/passive.img",
+            ["passive /cOS/passive.img", *RECOVERIES],
+        ),
+        (
+            "root=LABEL=COS_RECOVERY cos-img/filename=/cOS/recovery.squashfs",
+            ["recovery /cOS/recovery.squashfs"],
+        ),
+        (f"{ACTIVE} rd.cos.fallback=off", ["active /cOS/active.img"]),
+        (f"{ACTIVE} rd.cos.fallback=reboot", ["active /cOS/active.img"]),
+    ],
+)
+def test_the_slots_that_are_tried(line: str, expected: list[str]) -> None:
+    attempts = cos.attempts(asked(line))
+    assert [f"{cos.mode(each)} {each.image}" for each in attempts] == expected
+    assert [each.instead_of for each in attempts] == [""] + [cos.mode(attempts[0])] * (len(attempts) - 1)
+
+
+def test_every_attempt_can_be_planned_and_says_why() -> None:
+    for attempt in cos.attempts(asked(ACTIVE)):
+        state, image, _, oem = cos.root(attempt, DISK)  # the third checks the device of OEM
+        assert isinstance(state, Mount)
+        assert state.source == {"recovery": "/dev/vda3"}.get(attempt.mode, "/dev/vda0")
+        assert isinstance(image, Loop)
+        assert image.source == f"/run/initramfs/cos-state{attempt.image}"
+        assert oem.target == "/sysroot/oem"
+        if attempt.instead_of:
+            assert state.why == image.why == "active could not be booted (rd.cos.fallback)"
+
+
+def test_the_booted_system_is_told_that_it_is_another() -> None:
+    passive = cos.attempts(asked(ACTIVE))[1]
+    (told,) = cos.fell_back(passive, "active: no image")
+    assert told == WriteFile(
+        target="/run/cos/upgrade_failure",
+        content="active: no image\n",
+        why="passive is booted instead of active",
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "failed", "entry"),
+    [
+        (ACTIVE, ("active",), "fallback"),
+        (ACTIVE, ("active", "passive"), "recovery"),
+        (ACTIVE, ("active", "passive", "recovery"), ""),
+        ("root=LABEL=COS_PASSIVE cos-img/filename=/cOS/passive.img", ("passive",), "recovery"),
+        ("elemental.mode=active elemental.image=/cOS/active.img", ("active",), "passive"),
+        ("root=LABEL=COS_SYSTEM cos-img/filename=/cOS/recovery.img", ("recovery",), ""),
+    ],
+)
+def test_the_entry_of_the_boot_loader_that_is_next(line: str, failed: tuple[str, ...], entry: str) -> None:
+    assert cos.next_entry(asked(line), failed) == entry
+
+
+def test_the_boot_loader_is_told_on_oem() -> None:
+    mount, tell = cos.tell_boot_loader(asked(ACTIVE), DISK, "fallback")
+    assert isinstance(mount, Mount)
+    assert (mount.source, mount.target, mount.options) == ("/dev/vda1", "/run/immucore/boot-loader", ("rw",))
+    assert isinstance(tell, TellBootLoader)
+    assert (tell.target, tell.entry) == ("/run/immucore/boot-loader/grubenv", "fallback")
+
+
+def test_safe_is_the_root_and_default_overlays_and_nothing_else() -> None:
+    line = f"{ACTIVE} rd.cos.safe rd.cos.mount=LABEL=DATA:/data"
+    layout = image_of({"RW_PATHS": "/x", "PERSISTENT_STATE_PATHS": "/y", "VOLUMES": "nonsense"})
+    plan = whole(asked(line), DISK, layout)
+
+    assert [each.spec for each in cos.root_devices(asked(line))] == ["LABEL=COS_STATE"]
+    assert cos.state_devices(asked(line), layout) == ()
+    assert [each.target for each in plan if isinstance(each, Mount)] == [
+        "/run/initramfs/cos-state",
+        "/run/overlay",
+        "/sysroot/tmp",
+    ]
+    overlays = [as_booted(each.target) for each in plan if isinstance(each, Overlay)]
+    assert overlays == ["/etc", "/home", "/opt", "/root", "/srv", "/usr/local", "/var"]
+    assert not [each for each in plan if isinstance(each, Missing | Bind | Seed)]
+    assert {each.criticality for each in plan if isinstance(each, Overlay)} == {"important"}
+
+
+def test_no_persist_leaves_the_volume_out_and_keeps_nothing() -> None:
+    line = f"{ACTIVE} rd.cos.nopersist"
+    layout = image_of({"PERSISTENT_STATE_PATHS": "/etc/x", "PERSISTENT_STATE_BIND": "true"})
+    plan = whole(asked(line), DISK, layout)
+
+    assert cos.state_devices(asked(line), layout) == ()
+    assert not [each for each in plan if isinstance(each, Missing | Bind | Seed)]
+    overlays = [as_booted(each.target) for each in plan if isinstance(each, Overlay)]
+    assert {"/usr/local", "/etc/x"} <= {*overlays}
+    assert "LABEL=COS_PERSISTENT:/usr/local: left out, rd.cos.nopersist" in plan.notes
+
+
+def test_required_state_that_is_missing_is_never_ephemeral() -> None:
+    without = Devices(all=tuple(each for each in DISK.all if each.label != "COS_PERSISTENT"))
+    layout = image_of({"PERSISTENT_STATE_PATHS": "/home", "PERSISTENT_STATE_BIND": "true"})
+    plan = cos.state(asked(ACTIVE), without, layout)
+    (missing,) = (each for each in plan if isinstance(each, Missing))
+    assert (missing.target, missing.criticality) == ("/sysroot/usr/local", "required")
+    (bind,) = (each for each in plan if isinstance(each, Bind))
+    assert is_below(bind.source, missing.target)  # so it is never tried

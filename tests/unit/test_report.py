@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from immucore import __version__, report
-from immucore.errors import MountError
+from immucore.errors import DeviceError, MountError
 from immucore.execute import Step
 from immucore.observe import MountPoint
 from immucore.plan import Bind, Loop, Missing, Mount, Operation, Overlay, Plan, Seed, WriteFile
@@ -112,6 +112,10 @@ def result(**changes: Any) -> dict[str, Any]:
         "outcome": "ok",
         "exit_status": 0,
         "mode": "active",
+        "booted": "active",
+        "failures": [],
+        "next_entry": "",
+        "degraded": [],
         "error": None,
         "record": [],
         "waits": [],
@@ -131,6 +135,8 @@ def test_result_of_a_good_boot() -> None:
         "mode_asked": "active",
         "mode_booted": "active",
         "error": None,
+        "failures": [],
+        "next_entry": "",
         "degraded": [],
         "root": None,
         "waits": [{"specs": ["LABEL=A"], "missing": ["LABEL=A"], "took_usec": 7}],
@@ -146,6 +152,10 @@ def test_the_outcome_is_where_the_guard_looks_for_it() -> None:
             outcome="ok",
             exit_status=0,
             mode="",
+            booted="",
+            failures=[],
+            next_entry="",
+            degraded=[],
             error=None,
             record=[],
             waits=[],
@@ -164,8 +174,28 @@ def test_result_of_a_failed_boot() -> None:
 
 
 def test_result_of_a_degraded_boot() -> None:
-    shown = result(outcome="degraded", record=[step(MOUNT, "degraded", "no disk")])
+    shown = result(outcome="degraded", degraded=report.degraded([step(MOUNT, "degraded", "no disk")]))
     assert (shown["mode_booted"], shown["degraded"]) == ("active", ["/a b: no disk"])
+
+
+def test_result_of_another_slot_than_was_asked_for() -> None:
+    failures = [report.Failure(mode="active", error=MountError("cannot find it"))]
+    shown = result(outcome="degraded", booted="passive", failures=failures)
+    assert (shown["mode_asked"], shown["mode_booted"]) == ("active", "passive")
+    assert shown["failures"] == [{"mode": "active", "message": "cannot find it"}]
+
+
+def test_one_error_of_all_slots() -> None:
+    failures = [
+        report.Failure(mode="active", error=DeviceError("no disk", hint="plug it in")),
+        report.Failure(mode="passive", error=MountError("no image")),
+        report.Failure(mode="recovery", error=MountError("no recovery")),
+    ]
+    error = report.together(failures)
+    assert isinstance(error, DeviceError)
+    assert error.message == "no disk; and instead of active: passive: no image; recovery: no recovery"
+    assert error.hint == "plug it in"
+    assert report.together(failures[:1]) is failures[0].error
 
 
 def test_result_names_the_root(tmp_path: Any) -> None:

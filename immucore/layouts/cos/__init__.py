@@ -8,9 +8,9 @@ Pure: command line, devices and what the image says in, plans out.
 from __future__ import annotations
 
 from immucore.devices import Device, Devices, Place, Wanted
-from immucore.errors import CmdlineError, DeviceError, LayoutError
+from immucore.errors import AmbiguousError, CmdlineError, DeviceError, LayoutError
 from immucore.fstab import lines_of, mount_point
-from immucore.layouts.cos.modes import MODES, image_path, mode, partition
+from immucore.layouts.cos.modes import attempts, image_path, mode, partition, users_data
 from immucore.layouts.cos.names import directory_names
 from immucore.layouts.cos.settings import (
     OEM,
@@ -34,7 +34,9 @@ from immucore.plan import (
     Operation,
     Overlay,
     Plan,
+    Refused,
     Seed,
+    TellBootLoader,
     WriteFile,
     is_below,
 )
@@ -43,41 +45,43 @@ TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
 if TYPE_CHECKING:
     from immucore.cmdline import Cmdline
     from immucore.image import Image
-    from immucore.layouts.cos.settings import Settings
+    from immucore.layouts.cos.settings import Rejected, Settings
 
 __all__ = [
+    "attempts",
     "evidence_places",
+    "fell_back",
     "lenient",
     "listed_paths",
     "mode",
+    "next_entry",
     "root",
     "root_devices",
     "sentinels",
     "state",
     "state_devices",
+    "tell_boot_loader",
 ]
 
 STATE = "/run/initramfs/cos-state"
 OVERLAY_BASE = "/run/overlay"
 PARTLABELS = {"LABEL=COS_PERSISTENT": "persistent", "LABEL=COS_OEM": "oem"}  # contract §1
+BOOT_LOADER = "/run/immucore/boot-loader"  # where OEM is mounted to tell GRUB something
 OPTIONAL_TIMEOUT_SEC = 30
 
 
 def lenient(cmdline: Cmdline) -> bool:
     """Whether a layout that cannot be read is left out: recovery needs nothing of the user's."""
-    return not MODES[mode(cmdline)].users_data
+    return not users_data(cmdline)
 
 
 def root_devices(cmdline: Cmdline) -> tuple[Wanted, ...]:
     """List the devices that root() needs."""
-    return (
-        Wanted(spec=partition(cmdline), timeout_sec=cmdline.timeout_sec),
-        Wanted(
-            spec=oem(cmdline).spec,
-            timeout_sec=cmdline.oem_timeout_sec,
-            partlabel="oem",
-            near=partition(cmdline),
-        ),
+    state = Wanted(spec=partition(cmdline), timeout_sec=cmdline.timeout_sec)
+    if cmdline.safe:
+        return (state,)
+    return state, Wanted(
+        spec=oem(cmdline).spec, timeout_sec=cmdline.oem_timeout_sec, partlabel="oem", near=state.spec
     )
 
 
@@ -86,15 +90,19 @@ def root(cmdline: Cmdline, devices: Devices) -> Plan:
     device = devices.find(partition(cmdline))
     access = ("rw" if cmdline.debug_rw else "ro",)
     why = f"root={cmdline.root}" if cmdline.root else f"the mode is {mode(cmdline)}"
+    why_image = f"cos-img/filename={cmdline.image}"
+    if cmdline.instead_of:
+        why = why_image = f"{cmdline.instead_of} could not be booted (rd.cos.fallback)"
     operations = (
         _mount(device, STATE, access, why, REQUIRED),
         Loop(
             source=STATE + image_path(cmdline),
             target=SYSROOT,
             options=access,
-            why=f"cos-img/filename={cmdline.image}",
+            init=cmdline.init,
+            why=why_image,
         ),
-        _volume(oem(cmdline), IMPORTANT, devices, device),
+        *(() if cmdline.safe else (_oem(cmdline, devices, device),)),
     )
     return Plan(
         operations=kept_up(operations, cmdline.fsck_mode, cmdline.fsck_repair), warnings=cmdline.warnings
@@ -104,7 +112,7 @@ def root(cmdline: Cmdline, devices: Devices) -> Plan:
 def state_devices(cmdline: Cmdline, image: Image) -> tuple[Wanted, ...]:
     """List the devices that state() needs beside those of root()."""
     settings = read(cmdline, image)
-    needless = not MODES[mode(cmdline)].users_data
+    needless = not users_data(cmdline)
     specs = [(volume.spec, needless or "nofail" in volume.options) for volume in settings.volumes]
     if _on_device(settings):
         specs.append((settings.overlay, needless))
@@ -123,15 +131,15 @@ def state(cmdline: Cmdline, devices: Devices, image: Image) -> Plan:
     """Lay volumes, overlays and persistent state over the root that root() mounted."""
     settings = read(cmdline, image)
     near = devices.find(partition(cmdline))
-    users_data = MODES[mode(cmdline)].users_data
-    if users_data:
+    needed = users_data(cmdline)
+    if needed:
         _refuse_second_oem(cmdline, settings, devices, near)
     lost = _lost_state(cmdline, settings, devices)
     if lost:
         settings = _ephemeral_instead(settings, lost)
     names = directory_names(listed.name for listed in settings.ephemeral.values())
     layers: dict[str, tuple[Operation, ...]] = {
-        volume.mountpoint: (_volume(volume, REQUIRED if users_data else IMPORTANT, devices, near),)
+        volume.mountpoint: (_volume(volume, REQUIRED if needed else IMPORTANT, devices, near),)
         for volume in settings.volumes
     }
     if lost and lost.mountpoint in layers:  # whatever its options say: what it keeps is wanted
@@ -140,17 +148,18 @@ def state(cmdline: Cmdline, devices: Devices, image: Image) -> Plan:
         )
     for path, listed in settings.ephemeral.items():
         backing = f"{OVERLAY_BASE}/{names[listed.name]}.overlay"
-        layers[path] = (_overlay(path, backing, listed.why, users_data),)
+        layers[path] = (_overlay(path, backing, listed.why, needed),)
     layers.update(_tmp(image, {*layers, *settings.persistent}))
     # Persistent paths come after the volume that keeps them, and before what lies below them.
-    persistent = _persistent(settings, users_data)
+    persistent = _persistent(settings, needed)
     later = {path for path in layers if any(is_below(path, kept) for kept in persistent)}
     ordered = [layers[path] for path in sorted({*layers} - later, key=by_components)]
     layers.update(persistent)
     ordered += [layers[path] for path in sorted({*later, *persistent}, key=by_components)]
     operations = (
-        *_overlay_base(settings, devices, near, users_data),
+        *_overlay_base(settings, devices, near, needed),
         *(operation for layer in ordered for operation in layer),
+        *(_rejected(each) for each in settings.rejected),
     )
     return Plan(
         operations=kept_up(operations, cmdline.fsck_mode, cmdline.fsck_repair),
@@ -160,13 +169,14 @@ def state(cmdline: Cmdline, devices: Devices, image: Image) -> Plan:
 
 
 def _lost_state(cmdline: Cmdline, settings: Settings, devices: Devices) -> Volume | None:
-    """Return the volume that keeps the state, if there is state to keep and the volume is not there."""
-    volumes = [*settings.volumes, oem(cmdline)]
+    """Return the volume that keeps the state if it is not there and the boot goes on nevertheless."""
+    volumes = [*settings.volumes, *(() if cmdline.safe else (oem(cmdline),))]
     holding = [volume for volume in volumes if is_below(settings.state_target, volume.mountpoint)]
     volume = max(holding, key=lambda each: len(each.mountpoint), default=None)
     if volume is None or not settings.persistent or devices.candidates(volume.spec):
         return None
-    return volume
+    required = users_data(cmdline) and "nofail" not in volume.options and volume in settings.volumes
+    return None if required else volume
 
 
 def _ephemeral_instead(settings: Settings, lost: Volume) -> Settings:
@@ -219,6 +229,40 @@ def evidence_places(cmdline: Cmdline, devices: Devices) -> tuple[Place, ...]:
     return tuple(places)
 
 
+def next_entry(cmdline: Cmdline, failed: tuple[str, ...]) -> str:
+    """Name the boot loader's entry for the next slot that has not failed; empty when there is none.
+
+    The entries of cos-toolkit and Kairos are cos, fallback and recovery; those of Elemental v2, which names
+    the mode on the command line, have the modes' names.
+    """
+    order = ("active", "passive", "recovery")
+    later = order[order.index(mode(cmdline)) + 1 :]
+    name = next((name for name in later if name not in failed), "")
+    return name if cmdline.mode else {"passive": "fallback"}.get(name, name)
+
+
+def tell_boot_loader(cmdline: Cmdline, devices: Devices, entry: str) -> Plan:
+    """Have the boot loader boot another entry, once: its environment block lies on OEM (contract §1)."""
+    why = f"{mode(cmdline)} could not be booted (rd.cos.fallback)"
+    volume = oem(cmdline).replace(why=why)
+    mount = _volume(volume, REQUIRED, devices, None, target=BOOT_LOADER)
+    tell = TellBootLoader(target=f"{BOOT_LOADER}/grubenv", entry=entry, why=why)
+    return Plan(operations=(mount, tell))
+
+
+def fell_back(cmdline: Cmdline, reason: str) -> Plan:
+    """Tell the booted system that it is not the one that was asked for (contract §3)."""
+    return Plan(
+        operations=(
+            WriteFile(
+                target="/run/cos/upgrade_failure",
+                content=f"{reason}\n",
+                why=f"{mode(cmdline)} is booted instead of {cmdline.instead_of}",
+            ),
+        )
+    )
+
+
 def _mount(device: Device, target: str, options: tuple[str, ...], why: str, criticality: str) -> Operation:
     return Mount(
         source=device.path,
@@ -231,18 +275,15 @@ def _mount(device: Device, target: str, options: tuple[str, ...], why: str, crit
     )
 
 
-def _volume(volume: Volume, criticality: str, devices: Devices, near: Device, target: str = "") -> Operation:
-    """Mount a volume, rw unless its options say otherwise.
-
-    Raises DeviceError for a required one that is not there.
-    """
+def _volume(
+    volume: Volume, criticality: str, devices: Devices, near: Device | None, target: str = ""
+) -> Operation:
+    """Mount a volume, rw unless its options say otherwise."""
     target = target or SYSROOT + volume.mountpoint
     criticality = OPTIONAL if "nofail" in volume.options else criticality
     try:
         device = devices.find(volume.spec, near=near)
     except DeviceError as error:
-        if criticality == REQUIRED:
-            raise
         return Missing(
             spec=volume.spec,
             target=target,
@@ -253,6 +294,30 @@ def _volume(volume: Volume, criticality: str, devices: Devices, near: Device, ta
         )
     options = volume.options if {"ro", "rw"} & {*volume.options} else ("rw", *volume.options)
     return _mount(device, target, options, volume.why, criticality)
+
+
+def _oem(cmdline: Cmdline, devices: Devices, near: Device) -> Operation:
+    """Mount OEM: a boot goes on without it, but not where nobody can tell which it is (contract §6)."""
+    criticality = IMPORTANT
+    if users_data(cmdline):
+        try:
+            devices.find(oem(cmdline).spec, near=near)
+        except AmbiguousError:
+            criticality = REQUIRED
+        except DeviceError:
+            pass
+    return _volume(oem(cmdline), criticality, devices, near)
+
+
+def _rejected(each: Rejected) -> Refused:
+    return Refused(
+        spec=each.text,
+        target=f"'{each.text}' of {each.why}",
+        reason=each.reason,
+        hint=each.hint,
+        why=each.why,
+        criticality=IMPORTANT,
+    )
 
 
 def _refuse_second_oem(cmdline: Cmdline, settings: Settings, devices: Devices, near: Device) -> None:
@@ -269,29 +334,25 @@ def _refuse_second_oem(cmdline: Cmdline, settings: Settings, devices: Devices, n
         )
 
 
-def _criticality(path: str, users_data: bool) -> str:
+def _criticality(path: str, needed: bool) -> str:
     """Tell what the loss of a writable path means (contract §7).
 
     Recovery goes on to its shell without any.
     """
-    return REQUIRED if path in ("/etc", "/var") and users_data else IMPORTANT
+    return REQUIRED if path in ("/etc", "/var") and needed else IMPORTANT
 
 
-def _overlay(path: str, backing: str, why: str, users_data: bool) -> Operation:
-    return Overlay(
-        target=SYSROOT + path, backing=backing, why=why, criticality=_criticality(path, users_data)
-    )
+def _overlay(path: str, backing: str, why: str, needed: bool) -> Operation:
+    return Overlay(target=SYSROOT + path, backing=backing, why=why, criticality=_criticality(path, needed))
 
 
 def _on_device(settings: Settings) -> bool:
     return bool(settings.ephemeral) and not settings.overlay.startswith("tmpfs:")
 
 
-def _overlay_base(
-    settings: Settings, devices: Devices, near: Device, users_data: bool
-) -> tuple[Operation, ...]:
+def _overlay_base(settings: Settings, devices: Devices, near: Device, needed: bool) -> tuple[Operation, ...]:
     """Mount what backs the ephemeral overlays, if there are any."""
-    criticality = _criticality("/etc", users_data)
+    criticality = _criticality("/etc", needed)
     if not settings.ephemeral:
         return ()
     if _on_device(settings):
@@ -310,21 +371,21 @@ def _overlay_base(
     )
 
 
-def _persistent(settings: Settings, users_data: bool) -> dict[str, tuple[Operation, ...]]:
+def _persistent(settings: Settings, needed: bool) -> dict[str, tuple[Operation, ...]]:
     """Keep each path below the target: a directory that is seeded and bound, or an overlay's upper."""
     target = settings.state_target
     base = target if is_below(target, "/run") else SYSROOT + target
     names = directory_names(listed.name for listed in settings.persistent.values())
     layers: dict[str, tuple[Operation, ...]] = {}
     for path, listed in settings.persistent.items():
-        kept, why, criticality = f"{base}/{names[listed.name]}", listed.why, _criticality(path, users_data)
+        kept, why, criticality = f"{base}/{names[listed.name]}", listed.why, _criticality(path, needed)
         if settings.bind:
             layers[path] = (
                 Seed(source=SYSROOT + path, target=f"{kept}.bind", why=why, criticality=criticality),
                 Bind(source=f"{kept}.bind", target=SYSROOT + path, why=why, criticality=criticality),
             )
         else:
-            layers[path] = (_overlay(path, f"{kept}.overlay", why, users_data),)
+            layers[path] = (_overlay(path, f"{kept}.overlay", why, needed),)
     return layers
 
 

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from immucore.cmdline import Cmdline
 
 
+RECOVERY = "/cOS/recovery"  # the image, without its suffix
+
+
 class Mode(Record):
     """A way to boot: what its image and its partition are called."""
 
@@ -77,3 +80,29 @@ def partition(cmdline: Cmdline) -> str:
             hint=f"write root=LABEL={row.partition}, UUID=…, PARTLABEL=…, PARTUUID=… or /dev/…",
         )
     return cmdline.root
+
+
+def attempts(cmdline: Cmdline) -> tuple[Cmdline, ...]:
+    """List the command lines to try, the one that was asked for first: A → B → Recovery (contract §7).
+
+    Each names its mode. The partition of another slot follows from it, unless root= names one that both
+    have. A recovery image has two names in the field, so there are two ways to it.
+    """
+    asked: Cmdline = cmdline.replace(mode=mode(cmdline))
+    if cmdline.fallback != "same-boot" or asked.mode not in ("active", "passive"):
+        return (asked,)
+    directory, _, name = image_path(asked).rpartition("/")
+    row = MODES["recovery"]
+    others = [
+        asked.replace(mode="recovery", root=f"LABEL={row.partition}", image=f"{RECOVERY}.{suffix}")
+        for suffix in ("squashfs", "img")
+    ]
+    if asked.mode == "active":
+        suffix = name.rpartition(".")[2] if "." in name else "img"
+        others.insert(0, asked.replace(mode="passive", image=f"{directory}/passive.{suffix}"))
+    return (asked, *(other.replace(instead_of=asked.mode) for other in others))
+
+
+def users_data(cmdline: Cmdline) -> bool:
+    """Tell whether this boot needs the user's data: recovery and rd.cos.safe must get on without."""
+    return MODES[mode(cmdline)].users_data and not cmdline.safe

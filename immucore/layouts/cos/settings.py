@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from immucore.cmdline import DEVICE_PREFIXES, boolean, overlay
 from immucore.errors import LayoutError
-from immucore.layouts.cos.modes import MODES, mode
+from immucore.layouts.cos.modes import users_data
 from immucore.plan import is_below
 from immucore.values import Record
 
@@ -52,6 +52,15 @@ class Listed(Record):
     why: str
 
 
+class Rejected(Record):
+    """An entry of a list of paths that is none: it does not take the others with it."""
+
+    text: str
+    reason: str
+    hint: str
+    why: str
+
+
 class Settings(Record):
     """Every question of the layout with its answer.
 
@@ -66,6 +75,7 @@ class Settings(Record):
     persistent: dict[str, Listed]
     state_target: str
     bind: bool
+    rejected: tuple[Rejected, ...]
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
 
@@ -73,10 +83,16 @@ class Settings(Record):
 def read(cmdline: Cmdline, image: Image) -> Settings:
     """Settle the layout of this boot. Raises LayoutError."""
     notes: list[str] = []
-    volumes = _volumes(cmdline, image, notes)
-    mounted = {*volumes, OEM}
-    ephemeral = _paths(image, "RW_PATHS", DEFAULT_RW_PATHS, "CUSTOM_EPHEMERAL_MOUNTS", notes)
-    persistent = _paths(image, "PERSISTENT_STATE_PATHS", "", "CUSTOM_BIND_MOUNTS", notes)
+    if cmdline.safe:
+        notes.append("rd.cos.safe: neither OEM nor any layout nor volume, only the default RW_PATHS")
+        image = image.replace(settings=())
+    rejected: list[Rejected] = []
+    volumes = {} if cmdline.safe else _volumes(cmdline, image, notes)
+    left_out = [path for path, volume in volumes.items() if cmdline.no_persist and _is_persistent(volume)]
+    notes += [f"{volumes.pop(path)}: left out, rd.cos.nopersist" for path in left_out]
+    mounted = {*volumes, *([] if cmdline.safe else [OEM])}
+    ephemeral = _paths(image, "RW_PATHS", DEFAULT_RW_PATHS, "CUSTOM_EPHEMERAL_MOUNTS", notes, rejected)
+    persistent = _paths(image, "PERSISTENT_STATE_PATHS", "", "CUSTOM_BIND_MOUNTS", notes, rejected)
     for path, listed in [*ephemeral.items(), *persistent.items()]:
         if path in mounted:
             notes.append(f"{path}: a volume, although {listed.why}")
@@ -84,7 +100,8 @@ def read(cmdline: Cmdline, image: Image) -> Settings:
             notes.append(f"{path}: persistent, although {listed.why}")
     persistent = {path: listed for path, listed in persistent.items() if path not in mounted}
     state_target = _state_target(image)
-    if persistent and not _holds_state(cmdline, state_target, persistent, mounted):
+    on_purpose = any(is_below(state_target, path) for path in left_out)
+    if persistent and (on_purpose or not _holds_state(cmdline, state_target, persistent, mounted)):
         notes += [f"{path}: ephemeral, {state_target} lies on no volume here" for path in persistent]
         ephemeral, persistent = {**ephemeral, **persistent}, {}
     base = image.setting("OVERLAY")
@@ -97,6 +114,7 @@ def read(cmdline: Cmdline, image: Image) -> Settings:
         persistent=persistent,
         state_target=state_target,
         bind=_switch(image, "PERSISTENT_STATE_BIND", default=False),
+        rejected=tuple(dict.fromkeys(rejected)),
         notes=tuple(notes),
         warnings=(*image.warnings, *_useless(image), *_oem_options(cmdline, volumes.get(OEM))),
     )
@@ -119,7 +137,7 @@ def _holds_state(cmdline: Cmdline, target: str, persistent: dict[str, Listed], m
             )
     if any(is_below(target, path) for path in (*mounted, "/run")):
         return True
-    if MODES[mode(cmdline)].users_data:
+    if users_data(cmdline):
         first = next(iter(persistent.values()))
         raise LayoutError(
             f"cannot keep state in {target} ({first.why}): it lies on no volume",
@@ -150,7 +168,7 @@ def _volumes(cmdline: Cmdline, image: Image, notes: list[str]) -> dict[str, Volu
         if path in listed and listed[path].spec != volume.spec:
             notes.append(f"{volume}: ignored, {listed[path].why}")
     volumes = {**arguments, **listed}
-    if setting is None and MODES[mode(cmdline)].users_data:
+    if setting is None and users_data(cmdline):
         default = _volume(PERSISTENT_VOLUME, "VOLUMES (the default)")
         volumes.setdefault(default.mountpoint, default)
     return {path: volumes[path] for path in sorted(volumes, key=by_components)}
@@ -201,7 +219,15 @@ def _path(text: str, why: str) -> str:
     return "/" + "/".join(parts)
 
 
-def _paths(image: Image, name: str, default: str, custom: str, notes: list[str]) -> dict[str, Listed]:
+def _is_persistent(volume: Volume) -> bool:
+    """Tell whether a volume is what rd.cos.nopersist means, however a layout spells its device."""
+    spec, _, mountpoint = PERSISTENT_VOLUME.partition(":")
+    return volume.spec == spec or volume.mountpoint == mountpoint
+
+
+def _paths(  # noqa: PLR0917  the last two are answers
+    image: Image, name: str, default: str, custom: str, notes: list[str], rejected: list[Rejected]
+) -> dict[str, Listed]:
     """Read a list of paths and what adds to it: each once, by its first mention."""
     setting = image.setting(name)
     lists = [(setting.value, setting.why)] if setting else [(default, f"{name} (the default)")]
@@ -211,10 +237,14 @@ def _paths(image: Image, name: str, default: str, custom: str, notes: list[str])
     found: dict[str, Listed] = {}
     for value, why in lists:
         for word in value.split():
-            path = _path(word, why)
-            link = "" if image.real(path) == path else f", a symlink to {image.real(path)}"
-            listed = Listed(name=path, why=f"{why} has {word}{link}")
-            real = _path(image.real(path), listed.why)
+            try:
+                path = _path(word, why)
+                link = "" if image.real(path) == path else f", a symlink to {image.real(path)}"
+                listed = Listed(name=path, why=f"{why} has {word}{link}")
+                real = _path(image.real(path), listed.why)
+            except LayoutError as error:
+                rejected.append(Rejected(text=word, reason=error.message, hint=error.hint, why=why))
+                continue
             if found.setdefault(real, listed).name != path:
                 notes.append(f"{path}: the same as {found[real].name}, although {listed.why}")
     return {path: found[path] for path in sorted(found, key=by_components)}

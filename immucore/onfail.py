@@ -1,0 +1,75 @@
+"""After a failed boot: what rd.cos.onfail and rd.cos.fallback=reboot ask for. Imported only then.
+
+Where systemd runs, a unit that failed is its business: immucore-generator has told it what to do
+(OnFailure=, FailureAction=), which works too when the agent could not even start. Elsewhere, and where the
+boot loader has been told to boot something else, the agent does it itself.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from immucore import process, report, syscalls
+
+TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
+if TYPE_CHECKING:
+    from immucore.boot import Boot
+
+RESTART, HALT = 0x01234567, 0xCDEF0123  # linux/reboot.h
+SYSTEMD = "/run/systemd/system"  # sd_booted(3)
+
+
+def sentence(boot: Boot) -> str:
+    """Say what happens next, as the end of the summary."""
+    action, _, seconds = boot.cmdline.onfail.partition(":")
+    if boot.next_entry:
+        return f"The machine restarts: the boot loader is to boot its entry '{boot.next_entry}'."
+    if action == "reboot":
+        return f"The machine restarts in {seconds or 0} s (rd.cos.onfail)."
+    if action == "halt":
+        return "The machine is halted (rd.cos.onfail)."
+    return "The boot stops here."
+
+
+def act(boot: Boot) -> None:
+    """Restart or halt, or return where a shell is to come, or where systemd does all that."""
+    action, _, seconds = boot.cmdline.onfail.partition(":")
+    if boot.next_entry:
+        _restart(boot)
+    elif action == "reboot":
+        time.sleep(int(seconds or 0))
+        if not os.path.isdir(SYSTEMD):
+            _restart(boot)
+    elif action == "halt" and not os.path.isdir(SYSTEMD):
+        _let_go(boot)
+        syscalls.reboot(HALT)
+    if os.getpid() == 1:
+        shells(boot)
+
+
+def shells(boot: Boot) -> None:
+    """Keep a shell on the console, as PID 1: its end would be a kernel panic."""
+    while True:
+        try:
+            process.shell()
+        except OSError as error:
+            boot.log.error(f"cannot start a shell on the console: {error.strerror}")
+            time.sleep(60)
+
+
+def _restart(boot: Boot) -> None:
+    _let_go(boot)
+    try:
+        syscalls.reboot(RESTART)
+    except OSError as error:
+        report.to_consoles(f"immucore: cannot restart the machine: {error.strerror}")
+
+
+def _let_go(boot: Boot) -> None:
+    """Unmount what this boot has mounted: nobody else will, and no file system is to be left dirty."""
+    try:
+        boot.take_back()
+    except OSError as error:
+        boot.log.error(f"cannot unmount {error.filename}: {error.strerror}")
+    os.sync()
