@@ -260,6 +260,10 @@ def summary(found: Found) -> dict[str, Any]:
         "asked": text(result.get("mode_asked")),
         "booted": text(result.get("mode_booted")),
         "what": [message] if message else [each for each in reasons if each],
+        "tried": [
+            f"{text(each.get('mode'))}: {text(each.get('message'))}"
+            for each in items(result.get("failures"))
+        ],
         "hint": text((error or {}).get("hint")) or text(step.get("hint")),
         "step": text((operation or {}).get("text")) or STAGES.get(str(result.get("exit_status")), ""),
         "why": text((operation or {}).get("why")),
@@ -338,6 +342,8 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
     """Say what became of a boot that went wrong."""
     for number, what in enumerate(facts["what"] or ["nothing is recorded of the reason"]):
         yield from paragraph("" if number else "What", what)
+    for number, slot in enumerate(facts["tried"] if len(facts["tried"]) > 1 else ()):
+        yield from paragraph("" if number else "Tried", slot)
     if facts["hint"]:
         yield from paragraph("To do", facts["hint"])
     if facts["step"]:

@@ -113,6 +113,13 @@ def test_no_secret_is_left_anywhere(machine: Machine, agent: Sequence[str]) -> N
         assert key + "=…".encode() in left
 
 
+def test_password_in_root_is_not_logged(machine: Machine, source: Sequence[str]) -> None:
+    boot = machine.boot(f"root=live:http://me:{SECRETS[0]}@host/x cos-img/filename=/x rd.cos.debug", source)
+
+    assert "root=…" in boot.files["immucore.log"]
+    assert SECRETS[0] not in "".join(boot.files.values()) + boot.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_boot_leaves_its_record(
     machine: Machine, agent: Sequence[str], number: signal.Signals

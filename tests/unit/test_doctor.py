@@ -20,6 +20,7 @@ RESULT = {
     "mode_asked": "active",
     "mode_booted": "",
     "error": {"message": "cannot mount '/dev/a' on '/a': Input/output error", "hint": "dmesg | tail"},
+    "failures": [],
     "degraded": [],
     "waits": [{"specs": ["LABEL=A", "LABEL=B"], "missing": ["LABEL=B"], "took_usec": 8_040_000}],
     "started_usec": 2_500_000,
@@ -146,6 +147,13 @@ def test_degraded_boot_names_its_reasons() -> None:
         "What      /oem: cannot find it\n          /srv: read-only\nTo do     plug it in\nStep      x\n"
         in text
     )
+
+
+def test_every_slot_that_was_tried() -> None:
+    failures = [{"mode": "active", "message": "cannot a"}, {"mode": "passive", "message": "cannot b"}]
+    text = said(found(result={**RESULT, "failures": failures}))
+    assert "Tried     active: cannot a\n          passive: cannot b\nTo do " in text
+    assert "Tried" not in said(found(result={**RESULT, "failures": failures[:1]}))
 
 
 def test_hint_that_is_a_table_stays_one() -> None:
