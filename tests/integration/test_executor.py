@@ -18,8 +18,8 @@ import native
 import pytest
 from native import isolated
 
-from immucore import linux, observe
-from immucore.errors import MountError
+from immucore import grubenv, linux, observe
+from immucore.errors import KernelMismatchError, MountError
 from immucore.execute import Step, execute
 from immucore.linux import DONE, PRESENT, Kernel
 from immucore.plan import Bind, Mount, Operation, Overlay, Plan, Seed, WriteFile
@@ -390,6 +390,49 @@ def test_loops_an_image_by_its_superblock(images: Path, tmp_path: Path, fstype: 
         kernel.mount_loop(str(images / f"{other}.img"), str(root), ("ro",))
     with pytest.raises(OSError, match="Read-only"):
         (root / "mine").write_text("")
+
+
+@isolated(user=False)
+def test_an_image_without_the_modules_of_the_running_kernel_does_not_fit(tmp_path: Path) -> None:
+    root, modules, tree = tmp_path / "sysroot", tmp_path / "modules", tmp_path / "tree"
+    release = os.uname().release
+    root.mkdir()
+    (modules / release).mkdir(parents=True)
+    native.make_tree(tree, "active")
+    (tree / "usr/lib/modules/1.2.3").mkdir(parents=True)
+    native.command("mksquashfs", tree, tmp_path / "other.img", "-quiet", "-no-progress")
+    (tree / "usr/lib/modules" / release).mkdir()
+    native.command("mksquashfs", tree, tmp_path / "same.img", "-quiet", "-no-progress")
+    kernel = Kernel(root=str(root), modules=str(modules))
+
+    with pytest.raises(KernelMismatchError, match=f"it has no modules for the running kernel {release}"):
+        kernel.mount_loop(f"{tmp_path}/other.img", str(root), ("ro",))
+    assert mounted(root) is None
+
+    assert kernel.mount_loop(f"{tmp_path}/same.img", str(root), ("ro",)) == DONE
+
+
+@isolated(user=False)
+def test_next_entry_is_set_and_the_rest_of_the_block_kept(tmp_path: Path) -> None:
+    block, kernel = tmp_path / "grubenv", Kernel(root=str(tmp_path))
+    block.write_bytes(grubenv.render({"saved_entry": "cos"}))
+
+    assert kernel.tell_boot_loader(str(block), "fallback") == DONE
+    assert grubenv.parse(block.read_bytes()) == {"saved_entry": "cos", "next_entry": "fallback"}
+    assert block.stat().st_size == 1024
+
+    block.unlink()
+    assert kernel.tell_boot_loader(str(block), "recovery") == DONE
+    assert grubenv.parse(block.read_bytes()) == {"next_entry": "recovery"}
+
+    block.write_bytes(grubenv.render({"x": "y" * 996}))
+    with pytest.raises(MountError, match="cannot set next_entry in"):
+        kernel.tell_boot_loader(str(block), "recovery")
+
+    block.unlink()
+    block.symlink_to("/nowhere")
+    with pytest.raises(OSError, match="symbolic links"):
+        kernel.tell_boot_loader(str(block), "recovery")
 
 
 @isolated(user=False)
