@@ -7,7 +7,10 @@ SIZE_BYTES = 1024  # GRUB writes into the blocks that are there, and never chang
 
 
 def parse(block: bytes) -> dict[str, str]:
-    """Read the variables of a block; what is none has none. A backslash protects the byte after it."""
+    """Read the variables of a block; what is none has none.
+
+    A backslash protects the byte after it in a value; in a name GRUB knows no such thing, and writes none.
+    """
     if not block.startswith(SIGNATURE):
         return {}
     values: dict[str, str] = {}
@@ -20,7 +23,7 @@ def parse(block: bytes) -> dict[str, str]:
             escaped = True
         else:
             name, separator, value = line.partition(b"=")
-            if separator and not name.startswith(b"#"):
+            if separator and not (name.startswith(b"#") or b"\\" in name or b"\n" in name):
                 values[name.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
             line = b""
     return values

@@ -12,10 +12,11 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from immucore import cmdline, envfile, fstab, observe, report
+from immucore import cmdline, envfile, fstab, grubenv, observe, report, superblock
 from immucore.cmdline import Cmdline
 from immucore.devices import MEMBERS, Device, Devices, describe, split
 from immucore.errors import ImmucoreError, LayoutError
@@ -126,11 +127,42 @@ def on_udev(data: bytes) -> None:
     assert observe.decode(_encoded(decoded)) == decoded
 
 
+def on_superblock(data: bytes) -> None:
+    """The head of an image or device: an answer within its bounds, the same from memory and from a file."""
+    found = superblock.parse(data[: superblock.HEAD_BYTES])
+    assert found.fstype in ("", "ext4", "squashfs", "erofs", "xfs")
+    assert 0 <= found.claimed_bytes < 1 << 100
+    assert found.fstype or found == superblock.Superblock()
+    with _file(data) as path:
+        assert superblock.identify(path) == found
+        assert superblock.claimed_bytes(path) == found.claimed_bytes
+        for fstype in ("ext4", "vfat", "xfs", found.fstype):
+            said = superblock.damage(path, fstype, 2e9)
+            assert said.isprintable()
+            assert len(said) < 100
+
+
+def on_grubenv(data: bytes) -> None:
+    """GRUB's environment block: what is read can be written, with one variable changed, and read again."""
+    data = grubenv.SIGNATURE + data
+    values = grubenv.parse(data)
+    changed = {**values, "next_entry": "fallback"}
+    try:
+        block = grubenv.render(changed)
+    except ValueError:
+        assert sum(map(len, [*values, *values.values()])) > grubenv.SIZE_BYTES // 2
+        return
+    assert len(block) == grubenv.SIZE_BYTES
+    assert grubenv.parse(block) == changed
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "cmdline": on_cmdline,
     "layout": on_layout,
     "mountinfo": on_mountinfo,
     "udev": on_udev,
+    "superblock": on_superblock,
+    "grubenv": on_grubenv,
 }
 
 
@@ -150,9 +182,23 @@ def _written(values: dict[str, str]) -> str:
 
 
 def _plan_or_refusal(asked: Cmdline, image: Image, length: int) -> None:
-    """Whatever is asked for is planned, twice the same, or refused with a sentence."""
+    """Whatever is asked for is planned or refused with a sentence, and so is what is booted instead."""
     if not asked.engaged:
         return
+    try:
+        slots = cos.attempts(asked)
+    except ImmucoreError as error:
+        _is_told(error, length, "")
+        return
+    modes = [slot.mode for slot in slots]
+    assert modes == sorted(modes)  # active, passive, recovery
+    assert all(slot.instead_of == modes[0] for slot in slots[1:])
+    for slot in slots:
+        _slot_plan_or_refusal(slot, image, length)
+
+
+def _slot_plan_or_refusal(asked: Cmdline, image: Image, length: int) -> None:
+    """A slot is planned, twice the same, or refused with a sentence."""
     try:
         wanted = [each.spec for each in cos.root_devices(asked)]
         listed_paths(asked, image)
@@ -236,10 +282,17 @@ def _unmangled(text: str) -> str:
 
 
 def _observed(table: bytes) -> tuple[observe.MountPoint, ...]:
-    descriptor = os.memfd_create("mountinfo")
+    with _file(table) as path:
+        return observe.mounts(path)
+
+
+@contextmanager
+def _file(content: bytes) -> Iterator[str]:
+    """Give the path of a file with this content, which is on no file system."""
+    descriptor = os.memfd_create("fuzz")
     try:
-        os.write(descriptor, table)
-        return observe.mounts(f"/proc/self/fd/{descriptor}")
+        os.write(descriptor, content)
+        yield f"/proc/self/fd/{descriptor}"
     finally:
         os.close(descriptor)
 
