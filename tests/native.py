@@ -411,7 +411,13 @@ class Machine:
     @contextmanager
     def partition(self, name: str) -> Iterator[Path]:
         """Give a partition's files, to change them before a boot."""
-        with self._mounted(self.part(name), "/machine/partition", "rw") as path:
+        with self.device_files(self.part(name)) as path:
+            yield path
+
+    @contextmanager
+    def device_files(self, device: str) -> Iterator[Path]:
+        """Give the files on a device, to change them before a boot."""
+        with self._mounted(device, "/machine/partition", "rw") as path:
             yield path
 
     @contextmanager
