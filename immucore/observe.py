@@ -215,32 +215,44 @@ def links(root: str, paths: Iterable[str]) -> tuple[tuple[str, str], ...]:
     """Find those of `paths` that lead elsewhere in the system at `root`: (path, without symlinks)."""
     directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        real = [(path, _real(directory, path, MAX_LINKS)) for path in paths]
+        real = [(path, _real(directory, path)) for path in paths]
     finally:
         os.close(directory)
     return tuple((path, where) for path, where in real if path != where)
 
 
-def _real(directory: int, path: str, links_left: int) -> str:
+def _real(directory: int, path: str) -> str:
     """Take the symlinks out of a path, what it names need not be there: a volume may bring it."""
-    parent, _, name = path.rpartition("/")
-    if not name:
-        return "/"
-    above = _real(directory, parent, links_left)
-    here = f"{above.rstrip('/')}/{name}"
-    try:
-        descriptor = syscalls.openat2(directory, here, os.O_PATH | os.O_NOFOLLOW)
-    except (FileNotFoundError, NotADirectoryError):
-        return here
-    try:
-        if not stat.S_ISLNK(os.fstat(descriptor).st_mode):
-            return here
-        target = os.readlink("", dir_fd=descriptor)
-    finally:
-        os.close(descriptor)
-    if not links_left:
-        raise MountError(f"cannot use '{path}': too many symlinks", hint="correct it in the image")
-    return _real(directory, os.path.normpath(os.path.join(above, target)), links_left - 1)
+    here, links_left = "", MAX_LINKS
+    pending = path.split("/")[::-1]
+    while pending:
+        name = pending.pop()
+        if name in ("", "."):
+            continue
+        if name == "..":
+            here = here.rpartition("/")[0]
+            continue
+        below = f"{here}/{name}"
+        try:
+            descriptor = syscalls.openat2(directory, below, os.O_PATH | os.O_NOFOLLOW)
+        except OSError as error:
+            if error.errno not in (*_ABSENT, errno.ENAMETOOLONG):  # this one its mount will meet by itself
+                raise
+            here = below
+            continue
+        try:
+            target = os.readlink("", dir_fd=descriptor) if stat.S_ISLNK(os.fstat(descriptor).st_mode) else ""
+        finally:
+            os.close(descriptor)
+        if not target:
+            here = below
+            continue
+        if not links_left:
+            return path  # its mount will fail with ELOOP, and no other
+        links_left -= 1
+        here = "" if target.startswith("/") else here
+        pending += target.split("/")[::-1]
+    return here or "/"
 
 
 MAX_LINKS = 40  # as many as the kernel follows: path_resolution(7)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 DIRECTORY = "/run/immucore"
 SCHEMA = 1
+MAX_CONSOLE_CHARACTERS = 8000  # 115200 baud are 11520 a second
 HASH = "\\043"  # mountinfo escapes it, fstab does not
 
 
@@ -173,13 +174,23 @@ def summary(error: ImmucoreError, step: Step | None, end: str = "The boot stops 
     return f"immucore: {error.message}{doing}{hint}\n  {end} More: immucore doctor"
 
 
+def for_console(message: str) -> bytes:
+    """Give what a terminal shows of a message: no commands to it, and no more than it writes in a second."""
+    shown = printable(message)
+    if len(shown) > MAX_CONSOLE_CHARACTERS:
+        half = MAX_CONSOLE_CHARACTERS // 2
+        shown = f"{shown[:half]}\n  ... (all of it is in {DIRECTORY}/immucore.log)\n  ...{shown[-half:]}"
+    return f"\n{shown}\n".replace("\n", "\r\n").encode()
+
+
 def to_consoles(message: str) -> None:
     """Write to every console= device; /dev/console would be only the last of them."""
+    content = for_console(message)
     for name in text("/sys/class/tty/console/active").split() or ["console"]:
         try:
             console = os.open(f"/dev/{name}", os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
-                os.write(console, f"\n{printable(message)}\n".replace("\n", "\r\n").encode())
+                os.write(console, content)
             finally:
                 os.close(console)
         except OSError:

@@ -183,6 +183,23 @@ def test_a_layout_that_cannot_be_read_is_refused(layout: dict[str, str], message
     assert caught.value.hint
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"PERSISTENT_STATE_TARGET": "/a" * 5000},
+        {"VOLUMES": "LABEL=A:/" + "a" * 5000},
+        {"VOLUMES": "LABEL=A:/a:" + "o," * 5000},
+        {"VOLUMES": "A" * 5000},
+        {"OVERLAY": "x" * 5000},
+        {"PERSISTENT_STATE_BIND": "x" * 5000},
+    ],
+)
+def test_an_entry_of_any_length_is_refused_in_few_words(layout: dict[str, str]) -> None:
+    with pytest.raises(LayoutError) as caught:
+        cos.state_devices(asked(ACTIVE), image_of(layout))
+    assert len(caught.value.message) < 400
+
+
 @pytest.mark.parametrize("name", ["RW_PATHS", "PERSISTENT_STATE_PATHS", "CUSTOM_BIND_MOUNTS"])
 @pytest.mark.parametrize("entry", ["etc", "/", "/a/..", "/a\\b"])
 def test_an_entry_that_is_no_path_does_not_take_its_siblings_with_it(name: str, entry: str) -> None:

@@ -252,3 +252,12 @@ def test_summary() -> None:
     assert report.summary(MountError("cannot"), None) == (
         "immucore: cannot\n  The boot stops here. More: immucore doctor"
     )
+
+
+def test_a_console_gets_no_commands_and_no_flood() -> None:
+    assert report.for_console("a\x1b[2J\nb") == b"\r\na\\u001b[2J\r\nb\r\n"
+    long = report.for_console("begin " + "ä" * 100000 + " end").decode()
+    assert long.startswith("\r\nbegin ä")
+    assert long.endswith("ä end\r\n")
+    assert "(all of it is in /run/immucore/immucore.log)" in long
+    assert len(long) < report.MAX_CONSOLE_CHARACTERS + 100

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from immucore.image import Image
 
 OEM = "/oem"
+MAX_CHARACTERS = 4096  # of an entry; the kernel takes no longer path (limits.h: PATH_MAX)
 DEFAULT_RW_PATHS = "/etc /root /home /opt /srv /usr/local /var"
 DEFAULT_STATE_TARGET = "/usr/local/.state"
 PERSISTENT_VOLUME = "LABEL=COS_PERSISTENT:/usr/local"
@@ -195,9 +196,9 @@ def _volume(text: str, why: str) -> Volume:
     """Read `<device>:/mountpoint[:options]`."""
     spec, separator, rest = text.partition(":/")
     mountpoint, _, options = rest.partition(":")
-    if not separator or not spec.startswith(DEVICE_PREFIXES):
+    if not separator or not spec.startswith(DEVICE_PREFIXES) or len(text) > MAX_CHARACTERS:
         raise LayoutError(
-            f"cannot read the volume '{text}' ({why})",
+            f"cannot read the volume '{_cut(text)}' ({why})",
             hint="write <device>:/mountpoint[:options], such as LABEL=DATA:/data:noatime,nofail",
         )
     return Volume(
@@ -208,12 +209,17 @@ def _volume(text: str, why: str) -> Volume:
     )
 
 
+def _cut(text: str) -> str:
+    """Show enough of an entry to find it: a console prints some 10 000 characters in a second."""
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
 def _path(text: str, why: str) -> str:
     """Normalise an absolute path of the new root."""
     parts = [part for part in text.split("/") if part not in ("", ".")]
-    if not text.startswith("/") or ".." in parts or not parts or "\\" in text:
+    if not text.startswith("/") or ".." in parts or not parts or "\\" in text or len(text) > MAX_CHARACTERS:
         raise LayoutError(
-            f"cannot use '{text}' ({why}) as a path",
+            f"cannot use '{_cut(text)}' ({why}) as a path",
             hint="write an absolute path below / without '..' and '\\'",
         )
     return "/" + "/".join(parts)
@@ -243,7 +249,7 @@ def _paths(  # noqa: PLR0917  the last two are answers
                 listed = Listed(name=path, why=f"{why} has {word}{link}")
                 real = _path(image.real(path), listed.why)
             except LayoutError as error:
-                rejected.append(Rejected(text=word, reason=error.message, hint=error.hint, why=why))
+                rejected.append(Rejected(text=_cut(word), reason=error.message, hint=error.hint, why=why))
                 continue
             if found.setdefault(real, listed).name != path:
                 notes.append(f"{path}: the same as {found[real].name}, although {listed.why}")
@@ -263,7 +269,7 @@ def _overlay(value: str, why: str) -> str:
         return overlay(value)
     except ValueError as reason:
         hint = "write OVERLAY=tmpfs:20%"
-        raise LayoutError(f"cannot read '{value}' ({why}): {reason}", hint=hint) from None
+        raise LayoutError(f"cannot read '{_cut(value)}' ({why}): {reason}", hint=hint) from None
 
 
 def _state_target(image: Image) -> str:
@@ -281,7 +287,8 @@ def _switch(image: Image, name: str, *, default: bool) -> bool:
         return boolean(setting.value)
     except ValueError as reason:
         hint = f"write {name}=true or {name}=false in {setting.origin}"
-        raise LayoutError(f"cannot read '{setting.value}' ({setting.why}): {reason}", hint=hint) from None
+        shown = _cut(setting.value)
+        raise LayoutError(f"cannot read '{shown}' ({setting.why}): {reason}", hint=hint) from None
 
 
 def _useless(image: Image) -> list[str]:
