@@ -13,7 +13,7 @@ import stat
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from immucore import cmdline, evidence, layouts, observe, report
+from immucore import cmdline, evidence, layouts, observe, report, syscalls
 from immucore.boot import INITRD_RELEASE
 from immucore.errors import CmdlineError
 from immucore.plan import SYSROOT
@@ -163,15 +163,16 @@ def records_of_unmounted() -> list[Found]:
             number = os.stat(place.device.path).st_rdev
             if f"{os.major(number)}:{os.minor(number)}" in mounted:
                 continue
-            flags = ("noload",) if place.device.fstype.startswith("ext") else ()  # no replay of the journal
+            fstype = place.device.fstype
+            options = ("noload",) if fstype.startswith("ext") else ()  # no replay of the journal
             try:
-                tree = evidence.Tree(place.device, read_only=True, flags=flags)
+                tree = syscalls.detached_mount(place.device.path, fstype, read_only=True, options=options)
             except OSError:
                 continue
             try:
-                found += records(tree.top, f"{place.device.path} (not mounted) ")
+                found += records(tree, f"{place.device.path} (not mounted) ")
             finally:
-                tree.close()
+                os.close(tree)
     except OSError:
         pass  # best effort: neither devices nor mounts may be there to look at
     return found

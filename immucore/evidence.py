@@ -149,21 +149,26 @@ def _save(contents: Mapping[str, bytes], places: tuple[Place, ...]) -> tuple[str
 
 def _save_at(place: Place, contents: Mapping[str, bytes], identity: str, spare: int) -> str:
     _refuse(place)
-    tree = Tree(place.device, read_only=place.remount)
+    device = place.device
+    # One more mount of the partition, mounted already or not, that nobody else sees, and that ends with its
+    # descriptor, whatever happens.
+    tree = syscalls.detached_mount(
+        device.path, device.fstype, read_only=False, options=("ro",) if place.remount else ()
+    )
     try:
         if place.remount:
-            tree.reconfigure("rw")
+            syscalls.reconfigure(tree, "rw")
         directory = -1
         try:
-            directory = open_records(tree.top, make=True)
+            directory = open_records(tree, make=True)
             return write_record(directory, contents, identity, spare=spare)
         finally:
             if directory >= 0:
                 os.close(directory)
             if place.remount:
-                tree.reconfigure("ro")
+                syscalls.reconfigure(tree, "ro")
     finally:
-        tree.close()
+        os.close(tree)
 
 
 def _refuse(place: Place) -> None:
@@ -188,49 +193,6 @@ def _refuse(place: Place) -> None:
             block = file.read(4)
         if block[:2] != b"\x53\xef" or block[2] & 2:  # EXT4_ERROR_FS
             raise Unusable("its file system is damaged")
-
-
-class Tree:
-    """A mount of a device that nobody else sees: it ends with its last descriptor, whatever happens.
-
-    Where the device is mounted already, this is one more mount of the same file system (fsmount(2)).
-    """
-
-    _SET_FLAG, _SET_STRING, _CREATE, _RECONFIGURE = 0, 1, 6, 7  # linux/mount.h: FSCONFIG_…
-    _NR_FSOPEN, _NR_FSCONFIG, _NR_FSMOUNT, _NR_FSPICK = 430, 431, 432, 433
-
-    def __init__(self, device: Device, *, read_only: bool, flags: tuple[str, ...] = ()) -> None:
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        context = self._call(self._NR_FSOPEN, device.fstype.encode(), 1)
-        try:
-            path = os.fsencode(device.path)
-            self._call(self._NR_FSCONFIG, context, self._SET_STRING, b"source", path, 0)
-            for flag in (*(("ro",) if read_only else ()), *flags):
-                self._call(self._NR_FSCONFIG, context, self._SET_FLAG, flag.encode(), None, 0)
-            self._call(self._NR_FSCONFIG, context, self._CREATE, None, None, 0)
-            self.top = self._call(self._NR_FSMOUNT, context, 1, 0)
-        finally:
-            os.close(context)
-
-    def reconfigure(self, flag: str) -> None:
-        """Make the file system `rw` or `ro`; other mounts of it stay what they are."""
-        picked = self._call(self._NR_FSPICK, self.top, b"", 1 | 8)  # FSPICK_CLOEXEC, FSPICK_EMPTY_PATH
-        try:
-            self._call(self._NR_FSCONFIG, picked, self._SET_FLAG, flag.encode(), None, 0)
-            self._call(self._NR_FSCONFIG, picked, self._RECONFIGURE, None, None, 0)
-        finally:
-            os.close(picked)
-
-    def close(self) -> None:
-        """Let the mount go."""
-        os.close(self.top)
-
-    def _call(self, number: int, *arguments: int | bytes | None) -> int:
-        words = [ctypes.c_long(each) if isinstance(each, int) else each for each in arguments]
-        answer = int(self._libc.syscall(ctypes.c_long(number), *words))
-        if answer < 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-        return answer
 
 
 def open_records(top: int, *, make: bool = False) -> int:

@@ -26,9 +26,11 @@ MS = {
 MS_BIND = 4096
 MNT_DETACH = 2  # umount2(2)
 # asm-generic/unistd.h, the same on every architecture but alpha
-_NR_MOVE_MOUNT, _NR_FSOPEN, _NR_FSCONFIG, _NR_FSMOUNT, _NR_OPENAT2 = 429, 430, 431, 432, 437
-_FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 0, 1, 6  # linux/mount.h, as what follows
-_FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
+_NR_MOVE_MOUNT, _NR_FSOPEN, _NR_FSCONFIG, _NR_FSMOUNT, _NR_FSPICK, _NR_OPENAT2 = 429, 430, 431, 432, 433, 437
+_FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING = 0, 1  # linux/mount.h, as what follows
+_FSCONFIG_CMD_CREATE, _FSCONFIG_CMD_RECONFIGURE = 6, 7
+_FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = _FSPICK_CLOEXEC = 1
+_FSPICK_EMPTY_PATH = 8
 _MOUNT_ATTR_RDONLY = 1
 _MOVE_MOUNT_F_EMPTY_PATH = 4
 _AT_FDCWD = -100
@@ -67,18 +69,31 @@ def umount(target: str, flags: int = 0) -> None:
         raise _error(target)
 
 
-def detached_mount(source: str, fstype: str, *, read_only: bool) -> int:
-    """Make a file system ready, mounted nowhere yet; closing the descriptor takes it back (fsmount(2))."""
+def detached_mount(source: str, fstype: str, *, read_only: bool, options: tuple[str, ...] = ()) -> int:
+    """Make a file system ready, mounted nowhere yet; closing the descriptor takes it back (fsmount(2)).
+
+    `options` are flags of the file system, such as noload. One that is mounted already is only shared.
+    """
     context = _call(_NR_FSOPEN, os.fsencode(fstype), _FSOPEN_CLOEXEC, path=source)
     try:
         _call(_NR_FSCONFIG, context, _FSCONFIG_SET_STRING, b"source", os.fsencode(source), 0, path=source)
-        if read_only:
-            _call(_NR_FSCONFIG, context, _FSCONFIG_SET_FLAG, b"ro", None, 0, path=source)
+        for option in ("ro", *options) if read_only else options:
+            _call(_NR_FSCONFIG, context, _FSCONFIG_SET_FLAG, os.fsencode(option), None, 0, path=source)
         _call(_NR_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0, path=source)
         attributes = _MOUNT_ATTR_RDONLY if read_only else 0
         return _call(_NR_FSMOUNT, context, _FSMOUNT_CLOEXEC, attributes, path=source)
     finally:
         os.close(context)
+
+
+def reconfigure(descriptor: int, option: str) -> None:
+    """Make the file system of a detached mount `rw` or `ro`; other mounts of it stay what they are."""
+    picked = _call(_NR_FSPICK, descriptor, b"", _FSPICK_CLOEXEC | _FSPICK_EMPTY_PATH, path="")
+    try:
+        _call(_NR_FSCONFIG, picked, _FSCONFIG_SET_FLAG, os.fsencode(option), None, 0, path="")
+        _call(_NR_FSCONFIG, picked, _FSCONFIG_CMD_RECONFIGURE, None, None, 0, path="")
+    finally:
+        os.close(picked)
 
 
 def attach_mount(descriptor: int, target: str) -> None:

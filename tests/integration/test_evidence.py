@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from native import ACTIVE, FROZEN, Machine, command, isolated
 
-from immucore import evidence
+from immucore import evidence, syscalls
 from immucore.devices import Device, Place
 
 SECRETS = ("geheim-im-token", "geheim.im.iscsi", "geheim_in_netroot", "geheimes credential", "geheim:mount")
@@ -357,11 +357,11 @@ def fill_inodes(top: Path) -> None:
 def test_five_are_kept(tmp_path: Path, fstype: str) -> None:
     with mounted(tmp_path, size_kib=8192, fstype=fstype) as (top, device):
         for number in range(8):
-            tree = evidence.Tree(device, read_only=False)
-            directory = evidence.open_records(tree.top, make=True)
+            tree = syscalls.detached_mount(device.path, fstype, read_only=False)
+            directory = evidence.open_records(tree, make=True)
             evidence.write_record(directory, {"result.json": b"{}"}, f"{number:08x}")
             os.close(directory)
-            tree.close()
+            os.close(tree)
         names = sorted(path.name for path in (top / "immucore").iterdir())
         assert names == [f"boot-{number + 1:06}-{number:08x}" for number in range(3, 8)]
         assert {file.name for file in (top / "immucore" / names[-1]).iterdir()} == {"result.json"}
@@ -504,9 +504,9 @@ def test_removable_disk_is_no_place_unless_the_system_is_on_it(tmp_path: Path) -
 def test_what_the_kernel_made_read_only_is_left_alone(tmp_path: Path) -> None:
     with mounted(tmp_path) as (top, device):
         # errors=remount-ro leaves this: the mount is still rw, the file system no longer is.
-        tree = evidence.Tree(device, read_only=False)
-        tree.reconfigure("ro")
-        tree.close()
+        tree = syscalls.detached_mount(device.path, device.fstype, read_only=False)
+        syscalls.reconfigure(tree, "ro")
+        os.close(tree)
 
         answer = evidence.save(RECORD, (place(device, remount=True),))
 
