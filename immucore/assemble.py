@@ -255,19 +255,16 @@ def containers(devices: Devices, wanted: tuple[Wanted, ...]) -> Iterator[tuple[D
     home = home_disks(devices)
     for each in wanted:
         named = [device for device in luks if _is_named(device, each.spec)]
-        silent = [
-            device for device in luks if device.disk in home and not (device.label or device.partlabel)
-        ]
-        for device in [device for device in named if device.disk in home] or named or silent:
+        silent = [device for device in luks if device.is_on(home) and not (device.label or device.partlabel)]
+        for device in [device for device in named if device.is_on(home)] or named or silent:
             yield device, each
 
 
 def home_disks(devices: Devices) -> frozenset[str]:
     """Name the disks that hold the system, as far as can be told before it is mounted."""
     names = ("COS_STATE", "COS_RECOVERY", "COS_GRUB")
-    return frozenset(
-        device.disk for device in devices.all if device.label in names and device.fstype not in MEMBERS
-    )
+    system = [each for each in devices.all if each.label in names and each.fstype not in MEMBERS]
+    return frozenset(devices.boot_disks() or {disk for device in system for disk in device.disks})
 
 
 def _is_named(device: Device, spec: str) -> bool:

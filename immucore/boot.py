@@ -158,15 +158,17 @@ class Boot:
         self.record, self.plan, self.kernel = [], Plan(), linux.Kernel(log=self.log)
 
     def _devices(self, wanted: tuple[Wanted, ...]) -> Devices:
-        """Return a look at the devices that shows the wanted ones; waits for what is missing."""
-        devices = self.devices if self.devices.all else observe.devices()
-        absent = tuple(each for each in wanted if not devices.candidates(each.spec))
+        """Return a look at the devices that shows the wanted ones; waits for what is not settled."""
+        boot = self.cmdline.boot_disk
+        devices = self.devices if self.devices.all else observe.devices(boot)
+        absent = tuple(each for each in wanted if devices.unsettled(each))
         if absent:
             from immucore import wait  # imports pyroute2, as dear as four boots
 
-            self.log.debug(f"not there yet: {', '.join(each.spec for each in absent)}")
+            for each in absent:
+                self.log.debug(f"{each.spec} is waited for: {devices.unsettled(each)}")
             started_usec = time.monotonic_ns() // 1000
-            devices = wait.for_devices(absent, self.log, self.cmdline.fsck_repair_allowed)
+            devices = wait.for_devices(absent, self.log, self.cmdline.fsck_repair_allowed, boot)
             self.waits.append(
                 report.Wait(
                     specs=tuple(each.spec for each in absent),

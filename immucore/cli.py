@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from immucore import __version__, cmdline, layouts, observe, report
 from immucore.boot import INITRD_RELEASE, image_of
-from immucore.devices import Device, Devices
+from immucore.devices import BOOTDISK, Device, Devices
 from immucore.errors import CmdlineError, ImmucoreError
 from immucore.plan import REQUIRED, SYSROOT, Missing, Plan, as_booted, is_below
 from immucore.self_test import self_test
@@ -19,7 +19,10 @@ from immucore.self_test import self_test
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-LSBLK = "lsblk --bytes --pairs --output PATH,FSTYPE,LABEL,UUID,PARTLABEL,PARTUUID,PKNAME,SIZE"
+LSBLK = (
+    "lsblk --bytes --pairs --output PATH,KNAME,PKNAME,TYPE,SIZE,FSTYPE,LABEL,UUID,PARTLABEL,PARTUUID,"
+    "MODEL,SERIAL,TRAN,RM"
+)
 _DESCRIPTION = "The early-boot agent of image-based Linux: from a disk with images to a running system."
 _SOURCES = "By default it looks at this machine: /proc/cmdline, the udev database, the image that is booted."
 _EVIDENCE = (
@@ -27,33 +30,76 @@ _EVIDENCE = (
 )
 
 
-def devices_from(text: str, name: str) -> Devices:
-    """Read the devices from the output of LSBLK, which can be taken on any machine. Raises CmdlineError."""
-    found = []
+def devices_from(text: str, name: str, boot: str = "auto") -> Devices:
+    """Read the devices from the output of LSBLK, which can be taken on any machine. Raises CmdlineError.
+
+    A device that lies on several has a line for each.
+    """
+    rows: dict[str, dict[str, str]] = {}
+    beneath: dict[str, list[str]] = {}  # KNAME → the KNAMEs of what it lies on
     for number, line in enumerate(text.splitlines(), 1):
         try:
             words = [word.partition("=") for word in shlex.split(line, comments=True)]
             if not all(separator for _, separator, _ in words):
                 raise ValueError('it has to be KEY="value" pairs')
-            pairs = {key: observe.decode(value) for key, _, value in words}
-            if pairs:
-                found.append(
-                    Device(
-                        path=pairs["PATH"],
-                        fstype=pairs.get("FSTYPE", ""),
-                        label=pairs.get("LABEL", ""),
-                        uuid=pairs.get("UUID", ""),
-                        partlabel=pairs.get("PARTLABEL", ""),
-                        partuuid=pairs.get("PARTUUID", ""),
-                        disk=f"/dev/{pairs['PKNAME']}" if pairs.get("PKNAME") else pairs["PATH"],
-                        size_bytes=int(pairs.get("SIZE") or 0),
-                    )
-                )
+            row = {key: observe.decode(value) for key, _, value in words}
+            if row:
+                int(row.get("SIZE") or 0)
+                kname = row.get("KNAME") or row["PATH"].rpartition("/")[2]
+                rows[kname] = row
+                beneath.setdefault(kname, []).extend([row["PKNAME"]] if row.get("PKNAME") else [])
         except (KeyError, ValueError) as error:
             raise CmdlineError(
                 f"cannot read line {number} of '{name}': {error}", hint=f"make the file with: {LSBLK}"
             ) from None
-    return Devices(all=tuple(found))
+    found = [_device(kname, rows, beneath) for kname in rows]
+    return Devices(
+        all=tuple(found),
+        boot="" if boot == "auto" else boot,
+        boot_origin="" if boot == "auto" else BOOTDISK,
+    )
+
+
+def _device(kname: str, rows: dict[str, dict[str, str]], beneath: dict[str, list[str]]) -> Device:
+    row = rows[kname]
+    part = _is_part(kname, rows, beneath)
+    disks = sorted(_disks(kname, rows, beneath))
+    wholes = [rows[disk] for disk in disks]
+    return Device(
+        path=row["PATH"],
+        fstype=row.get("FSTYPE", ""),
+        label=row.get("LABEL", ""),
+        uuid=row.get("UUID", ""),
+        partlabel=row.get("PARTLABEL", ""),
+        partuuid=row.get("PARTUUID", ""),
+        disks=tuple(whole["PATH"] for whole in wholes),
+        parent=rows[beneath[kname][0]]["PATH"] if part and beneath[kname][0] in rows else "",
+        holders=tuple(
+            rows[other]["PATH"]
+            for other in rows
+            if kname in beneath[other] and not _is_part(other, rows, beneath)
+        ),
+        size_bytes=int(row.get("SIZE") or 0),
+        model=wholes[0].get("MODEL", "").strip() if len(wholes) == 1 else "",
+        serial=wholes[0].get("SERIAL", "").strip() if len(wholes) == 1 else "",
+        bus=wholes[0].get("TRAN", "") if len(wholes) == 1 else "",
+        removable=any(whole.get("RM") == "1" or whole.get("TRAN") == "usb" for whole in wholes),
+    )
+
+
+def _is_part(kname: str, rows: dict[str, dict[str, str]], beneath: dict[str, list[str]]) -> bool:
+    """Tell partitions from mappings; a file without TYPE has only partitions and what is in /dev/mapper."""
+    kind = rows[kname].get("TYPE", "")
+    return kind == "part" if kind else bool(beneath[kname]) and "/mapper/" not in rows[kname]["PATH"]
+
+
+def _disks(
+    kname: str, rows: dict[str, dict[str, str]], beneath: dict[str, list[str]], above: tuple[str, ...] = ()
+) -> set[str]:
+    below = [
+        each for each in beneath[kname] if each in rows and each not in above
+    ]  # the file can be anything
+    return {disk for each in below for disk in _disks(each, rows, beneath, (*above, kname))} or {kname}
 
 
 def planned(asked: cmdline.Cmdline, devices: Devices, root: str, run: str) -> Plan:
@@ -78,9 +124,9 @@ def _sources(arguments: argparse.Namespace) -> Plan:
         asked = cmdline.parse(file.read())
     if arguments.devices:
         with open(arguments.devices, encoding="utf-8", errors="surrogateescape") as file:
-            devices = devices_from(file.read(), arguments.devices)
+            devices = devices_from(file.read(), arguments.devices, asked.boot_disk)
     else:
-        devices = observe.devices()
+        devices = observe.devices(asked.boot_disk)
     if arguments.root:
         return planned(asked, devices, arguments.root, os.path.join(arguments.root, "run/cos"))
     return planned(asked, devices, SYSROOT if os.path.exists(INITRD_RELEASE) else "/", observe.RUN)

@@ -30,6 +30,7 @@ class Cmdline(Record):
     oem_label: str = "COS_OEM"
     oem_timeout_sec: int = 10
     timeout_sec: int = 180  # 0: for ever
+    boot_disk: str = "auto"  # a spelling of the disk that was booted from, or of anything on it
     debug: bool = False
     debug_rw: bool = False
     disable: bool = False
@@ -147,6 +148,10 @@ def _device(value: str | None, expected: str) -> str:
     raise ValueError(expected)
 
 
+def _boot_disk(value: str | None) -> str:
+    return "auto" if value == "auto" else _device(value, "it has to be auto or a device (LABEL=…, UUID=…)")
+
+
 def _volume(value: str | None) -> str:
     spec, separator, rest = _text(value).partition(":/")
     expected = "it has to be <device>:/mountpoint[:options] (LABEL=DATA:/data)"
@@ -201,6 +206,7 @@ _NATIVE: dict[str, tuple[str, Callable[[str | None], Any]]] = {
     "oem_label": ("rd.cos.oemlabel", _text),
     "oem_timeout_sec": ("rd.cos.oemtimeout", _seconds(1, 1800)),
     "timeout_sec": ("rd.cos.timeout", _seconds(0, 10**9)),
+    "boot_disk": ("rd.cos.bootdisk", _boot_disk),
     "debug_rw": ("rd.cos.debugrw", boolean),
     "disable": ("rd.cos.disable", boolean),
     "debug": ("rd.cos.debug", boolean),
@@ -224,10 +230,6 @@ _OTHER: dict[str, tuple[str, Callable[[str | None], Any]]] = {
     "fsck.repair": ("fsck_repair", _fsck_repair),
 }
 _REPEATABLE = ("mounts", "breaks")
-# Keys of the contract whose behaviour is not there yet → the values that ask for what happens anyway.
-_NOT_YET = {
-    "bootdisk": ("auto",),
-}
 
 
 def _readers() -> dict[str, tuple[str, Callable[[str | None], Any]]]:
@@ -265,11 +267,6 @@ def parse(line: bytes) -> Cmdline:
                 warnings.append(f"'{shown}' on the kernel command line cannot be read: {reason}; {instead}")
             else:
                 values[field] = (*values.get(field, ()), taken) if field in _REPEATABLE else taken
-        elif native and (name := key.split(".", 2)[2]) in _NOT_YET:
-            if value not in _NOT_YET[name]:
-                warnings.append(
-                    f"'{shown}' on the kernel command line is not supported yet and does nothing"
-                )
         elif native:
             warnings.append(
                 f"'{shown}' on the kernel command line is not a key of immucore and does nothing"

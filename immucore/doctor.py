@@ -159,7 +159,7 @@ def records_of_unmounted() -> list[Found]:
         with open("/proc/cmdline", "rb") as file:
             asked = cmdline.parse(file.read())
         mounted = {mount.device for mount in observe.mounts()}
-        for place in layouts.select(asked).evidence_places(asked, observe.devices()):
+        for place in layouts.select(asked).evidence_places(asked, observe.devices(asked.boot_disk)):
             number = os.stat(place.device.path).st_rdev
             if f"{os.major(number)}:{os.minor(number)}" in mounted:
                 continue

@@ -70,7 +70,7 @@ def keep(boot: Boot, files: Mapping[str, str]) -> None:
 
 
 def _keep(boot: Boot, files: Mapping[str, str]) -> None:
-    devices = boot.devices if boot.devices.all else observe.devices()
+    devices = boot.devices if boot.devices.all else observe.devices(boot.cmdline.boot_disk)
     layout = layouts.select(boot.cmdline)
     table = device_table(devices, boot.plan)
     with open("/proc/cmdline", "rb") as file:
@@ -174,8 +174,7 @@ def _save_at(place: Place, contents: Mapping[str, bytes], identity: str, spare: 
 def _refuse(place: Place) -> None:
     """Refuse what is not ours to write to, or would be harmed by it. Raises Unusable and OSError."""
     device = place.device
-    name = device.disk.removeprefix("/dev/").replace("/", "!")
-    if not place.own_disk and observe.text(f"/sys/class/block/{name}/removable").strip() == "1":
+    if not place.own_disk and device.removable:
         raise Unusable("it is on a removable disk")
     number = os.stat(device.path).st_rdev
     mounted = f"{os.major(number)}:{os.minor(number)}"

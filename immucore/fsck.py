@@ -271,11 +271,11 @@ def _rescue(each: Wanted, device: str, repair: str, log: Log) -> str:
 def _broken(each: Wanted, devices: Devices) -> Device | None:
     """Return the partition that should hold a wanted file system, if udev knows none on it."""
     near = devices.candidates(each.near) if each.near else ()
-    if not each.partlabel or len(near) != 1 or devices.candidates(each.spec):
+    if not each.partlabel or len(near) != 1 or any(it.is_on(near[0].disks) for it in devices.answers(each)):
         return None
     found = [
         device
         for device in devices.candidates(f"PARTLABEL={each.partlabel}")
-        if device.disk == near[0].disk and not device.fstype
+        if device.is_on(near[0].disks) and not device.fstype
     ]
     return found[0] if len(found) == 1 else None

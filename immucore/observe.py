@@ -7,7 +7,7 @@ import os
 import stat
 
 from immucore import envfile, syscalls
-from immucore.devices import Device, Devices
+from immucore.devices import BOOTDISK, LOADER, Device, Devices
 from immucore.errors import OTHER_SLOT, KernelMismatchError, LayoutError, MountError
 from immucore.fstab import lines_of, of_image, unescape
 from immucore.image import Image, Setting
@@ -15,9 +15,11 @@ from immucore.values import Record
 
 TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
+SYSFS = "/sys/class/block"
 UDEV = "/run/udev/data"
+EFIVARS = "/sys/firmware/efi/efivars/LoaderDevicePartUUID-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
 RUN = "/run/cos"
 MAX_FILE_BYTES = 1 << 20  # nobody's layout is larger, and a disk is not to fill the memory
 BLOCK_BYTES = 1 << 14  # most files are one; open().read() would take a dozen system calls instead of three
@@ -46,45 +48,144 @@ def _all(descriptor: int, limit_bytes: int = MAX_FILE_BYTES) -> bytes:
     return content
 
 
-def devices(sysfs: str = "/sys/class/block", udev: str = UDEV) -> Devices:
-    """List every block device that udev has looked at; the rest is not known yet.
+class Node(Record):
+    """A block device as sysfs has it, and what is known of what is on it."""
 
-    The udev database, not the links in /dev/disk: those show whoever came last (contract §6).
+    name: str
+    parent: str  # the name of the disk that a partition is a part of
+    slaves: tuple[str, ...]  # the names of what it is made of
+    size_bytes: int
+    removable: bool
+    properties: dict[str, str] | None  # as udev calls them; None: udev has not looked at it yet
+    links: tuple[str, ...]
+
+    @property
+    def path(self) -> str:
+        """How it is mounted; mappings by the name that somebody has given them."""
+        mapped = (self.properties or {}).get("DM_NAME", "")
+        return f"/dev/mapper/{mapped}" if mapped else "/dev/" + self.name.replace("!", "/")
+
+
+def devices(boot: str = "auto", *, sysfs: str = SYSFS, udev: str = UDEV, efivars: str = EFIVARS) -> Devices:
+    """List every block device with what udev has found on it, or where udev does not run, blkid.
+
+    The udev database, not the links in /dev/disk: those show whoever came last (contract §6). `boot` spells
+    the boot disk; auto: the boot loader says it. Raises DeviceError where there is neither udev nor blkid.
     """
-    found = []
-    for name in sorted(os.listdir(sysfs)):
+    record_of: Callable[[str, str], str] = _udev_record
+    if not os.path.exists(f"{os.path.dirname(udev)}/control"):
+        from immucore import probe  # runs a program for each device
+
+        record_of = probe.record
+    nodes: dict[str, Node] = {}
+    names = {*os.listdir(sysfs)}
+    for name in sorted(names):
         try:
-            record = text(f"{udev}/b{text(f'{sysfs}/{name}/dev').strip()}")
-            if record:
-                found.append(_device(f"{sysfs}/{name}", record))
+            directory = f"{sysfs}/{name}"
+            number = text(f"{directory}/dev").strip()
+            if number:  # the paths below the kernel's own NVMe multipath have none
+                record = record_of(f"{udev}/b{number}", directory)
+                nodes[name] = _node(directory, record, names)
         except OSError as error:
             if error.errno not in _GONE:
                 raise
-    return Devices(all=tuple(found))
+    origin = LOADER if boot == "auto" else BOOTDISK
+    return _related(nodes, _loader_partition(efivars) if boot == "auto" else boot, origin)
 
 
 _GONE = (errno.ENOENT, errno.ENODEV, errno.ENXIO)  # what sysfs says of a device that leaves while we look
 
 
-def _device(directory: str, record: str) -> Device:
+def _udev_record(path: str, _directory: str) -> str:
+    return text(path)
+
+
+def _node(directory: str, record: str, names: set[str]) -> Node:
     lines = record.split("\n")  # a label may have what str.splitlines() takes for the end of a line
+    place = os.readlink(directory)  # ../../devices/pci0000:00/…/block/vda/vda1
+    above, name = place.split("/")[-2:]
+    parent = above if above in names else ""
+    virtual = "/virtual/" in place
     properties = dict(line[2:].split("=", 1) for line in lines if line.startswith("E:") and "=" in line)
-    name = directory.rpartition("/")[2]
-    disk = name
-    if "PARTN" in properties or os.path.exists(f"{directory}/partition"):
-        disk = os.readlink(directory).split("/")[-2]  # ../../devices/.../vda/vda1
-    mapped = properties.get("DM_NAME", "")
-    return Device(
-        path=f"/dev/mapper/{mapped}" if mapped else "/dev/" + name.replace("!", "/"),
+    idle = (
+        not record and name.startswith("loop") and not parent
+    )  # there can be hundreds, of nobody's interest
+    return Node(
+        name=name,
+        parent=parent,
+        slaves=tuple(sorted(os.listdir(f"{directory}/slaves")))
+        if virtual and not (parent or name.startswith("loop"))
+        else (),
+        size_bytes=0 if idle else int(text(f"{directory}/size") or 0) * 512,
+        removable="/usb" in place or (not (virtual or parent) and _is_removable(directory)),
+        properties=properties if record else None,
         links=tuple(f"/dev/{line[2:]}" for line in lines if line.startswith("S:")),
-        fstype=properties.get("ID_FS_TYPE", ""),
-        label=decode(properties.get("ID_FS_LABEL_ENC", "")),
-        uuid=decode(properties.get("ID_FS_UUID_ENC", "")),
-        partlabel=decode(properties.get("ID_PART_ENTRY_NAME", "")),
-        partuuid=properties.get("ID_PART_ENTRY_UUID", ""),
-        disk="/dev/" + disk.replace("!", "/"),
-        size_bytes=int(text(f"{directory}/size") or 0) * 512,
     )
+
+
+def _is_removable(directory: str) -> bool:
+    return text(f"{directory}/removable").strip() == "1"
+
+
+def _related(nodes: dict[str, Node], boot: str, origin: str) -> Devices:
+    """Say of each device which disks are beneath it and what is made of it."""
+    holders: dict[str, list[str]] = {}
+    for node in nodes.values():
+        for name in node.slaves:
+            holders.setdefault(name, []).append(node.path)
+    known, unknown = [], []
+    for node in nodes.values():
+        device = _device(
+            node, [nodes[disk] for disk in _disks(node.name, nodes)], holders.get(node.name, [])
+        )
+        if node.properties is not None:
+            known.append(device)
+        elif node.size_bytes:  # a drive without a medium has nothing to be known
+            unknown.append(device)
+    return Devices(all=tuple(known), unknown=tuple(unknown), boot=boot, boot_origin=origin if boot else "")
+
+
+def _disks(name: str, nodes: dict[str, Node]) -> list[str]:
+    """Name the whole disks that a device lies on; itself if it lies on none."""
+    node = nodes[name]
+    below = [each for each in (node.parent, *node.slaves) if each in nodes]
+    return sorted({disk for each in below for disk in _disks(each, nodes)}) or [name]
+
+
+def _device(node: Node, disks: list[Node], holders: list[str]) -> Device:
+    own = node.properties or {}
+    whole = own if "ID_SERIAL" in own or len(disks) > 1 else disks[0].properties or own
+    return Device(
+        path=node.path,
+        links=node.links,
+        fstype=own.get("ID_FS_TYPE", ""),
+        label=decode(own.get("ID_FS_LABEL_ENC", "")),
+        uuid=decode(own.get("ID_FS_UUID_ENC", "")),
+        partlabel=decode(own.get("ID_PART_ENTRY_NAME", "")),
+        partuuid=own.get("ID_PART_ENTRY_UUID", ""),
+        disks=tuple(disk.path for disk in disks),
+        parent="/dev/" + node.parent.replace("!", "/") if node.parent else "",
+        holders=tuple(holders),
+        size_bytes=node.size_bytes,
+        model=whole.get("ID_MODEL", ""),
+        serial=whole.get("ID_SERIAL", ""),
+        bus=whole.get("ID_BUS", ""),
+        removable=any(disk.removable for disk in disks),
+        multipath=own.get("DM_MULTIPATH_DEVICE_PATH", "") == "1",
+    )
+
+
+def _loader_partition(path: str) -> str:
+    """Spell the partition that the boot loader came from; empty where no loader said it.
+
+    An EFI variable (https://systemd.io/BOOT_LOADER_INTERFACE): efivarfs shows four bytes of attributes, then
+    the PARTUUID in UTF-16.
+    """
+    try:
+        value = text(path).encode("utf-8", "surrogateescape")[4::2].decode("latin-1").rstrip("\0").lower()
+    except OSError:  # firmware that fails is no reason not to boot
+        return ""
+    return f"PARTUUID={value}" if value and not value.strip("0123456789abcdef-") else ""
 
 
 def decode(encoded: str) -> str:

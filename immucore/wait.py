@@ -25,26 +25,29 @@ RCVBUF_BYTES = 16 << 20
 LOOK_SEC = 1.0  # a look without an event, in case one was lost; contract §6 forbids a shorter one
 SAY_SEC = 10.0
 ELSEWHERE_SEC = 10.0  # for a file system whose partition is there, and cannot be read
+GRACE_SEC = 10  # from the start of the initramfs: what is there is taken when nothing better has come
 SETTLE_SEC = 3.0  # while wanted devices appear, others of the same disk are about to
 
 
 def missing(wanted: tuple[Wanted, ...], devices: Devices) -> tuple[Wanted, ...]:
-    """List what no device answers to yet; several candidates are an answer."""
-    return tuple(each for each in wanted if not devices.candidates(each.spec))
+    """List what no device answers to; several candidates are an answer."""
+    return tuple(each for each in wanted if not devices.answers(each))
 
 
-def for_devices(wanted: tuple[Wanted, ...], log: Log, repair: str) -> Devices:
-    """Wait until each wanted device is there or its time is over; return the devices of the last look.
+def for_devices(wanted: tuple[Wanted, ...], log: Log, repair: str, boot: str = "auto") -> Devices:
+    """Wait until the answer to each wanted device is settled or its time is over; return the last look.
 
     Subscribes first and then looks, so that no event falls between. Events only wake: what counts is the
-    look. A time that is over is prolonged while other wanted devices appear. A superblock that is so broken
-    that a wanted file system is not seen is repaired as `repair` (preen, yes or no) allows.
+    look. A time that is over is prolonged while other wanted devices appear. An answer that may change still
+    (Devices.unsettled) is waited on for GRACE_SEC only. A superblock that is so broken that a wanted file
+    system is not seen is repaired as `repair` (preen, yes or no) allows. `boot` is as for observe.devices().
     """
     started = time.monotonic()
     origin = initramfs_start(started)
     told = -SAY_SEC  # the first time at once
     # However late it is, udev gets the time to look at the disk that has brought us here.
-    deadlines = {each: _deadline(each, origin, started) for each in wanted}
+    deadlines = {each: _deadline(each.timeout_sec, origin, started) for each in wanted}
+    grace, taken = _deadline(GRACE_SEC, origin, started), dict[Wanted, float]()
     events = UeventSocket()
     events.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, RCVBUF_BYTES)
     events.bind(groups=MONITOR_GROUP_KERNEL | MONITOR_GROUP_UDEV)
@@ -55,13 +58,19 @@ def for_devices(wanted: tuple[Wanted, ...], log: Log, repair: str) -> Devices:
     assembler = assemble.Assembler(log)
     try:
         while True:
-            devices = observe.devices()
-            still = missing(absent, devices)
+            devices = observe.devices(boot)
+            still = tuple(each for each in absent if devices.unsettled(each))
             now = time.monotonic()
             if len(still) < len(absent):
                 deadlines = {each: max(deadlines[each], now + SETTLE_SEC) for each in still}
             absent = still
-            pending = [each for each in absent if deadlines[each] > now]
+            for each in absent:
+                if devices.answers(each):
+                    taken.setdefault(each, max(grace, now + SETTLE_SEC))
+                else:
+                    taken.pop(each, None)
+            ends = {each: min(deadlines[each], taken.get(each, deadlines[each])) for each in absent}
+            pending = [each for each in absent if ends[each] > now]
             if not pending:
                 return devices.replace(broken=tuple(broken.items()))  # type: ignore[no-any-return]
             tried = fsck.rescue(pending, devices, repair, log)
@@ -75,9 +84,9 @@ def for_devices(wanted: tuple[Wanted, ...], log: Log, repair: str) -> Devices:
                 continue
             assembler.look(devices, tuple(pending), now)
             if now - told >= SAY_SEC:
-                log.info(_progress(pending, deadlines, devices, now))
+                log.info(_progress(pending, ends, devices, now))
                 told = now
-            until = min(now + LOOK_SEC, *(deadlines[each] for each in pending))
+            until = min(now + LOOK_SEC, *(ends[each] for each in pending))
             poll.poll(max(0.0, until - now) * 1000 + 1)
             _drain(events)
     finally:
@@ -92,10 +101,10 @@ def _after_rescue(deadline: float, now: float, failure: str | None) -> float:
     return max(deadline, now + SETTLE_SEC)
 
 
-def _deadline(each: Wanted, origin: float, now: float) -> float:
-    if not each.timeout_sec:
+def _deadline(timeout_sec: int, origin: float, now: float) -> float:
+    if not timeout_sec:
         return float("inf")
-    return max(origin + each.timeout_sec, now + min(SETTLE_SEC, each.timeout_sec))
+    return max(origin + timeout_sec, now + min(SETTLE_SEC, timeout_sec))
 
 
 def initramfs_start(now: float) -> float:
@@ -136,13 +145,13 @@ def _drain(events: UeventSocket) -> None:
             raise
 
 
-def _progress(pending: list[Wanted], deadlines: dict[Wanted, float], devices: Devices, now: float) -> str:
+def _progress(pending: list[Wanted], ends: dict[Wanted, float], devices: Devices, now: float) -> str:
     parts = []
     for each in pending:
-        left = deadlines[each] - now
-        parts.append(
-            f"{describe(each.spec)} ({'for ever' if left == float('inf') else f'{left:.0f} s more'})"
-        )
+        left = ends[each] - now
+        time_left = "for ever" if left == float("inf") else f"{left:.0f} s more"
+        why = f", because {devices.unsettled(each)}" if devices.answers(each) else ""
+        parts.append(f"{describe(each.spec)} ({time_left}{why})")
     seen = ", ".join(f"{device.path}{_named(device)}" for device in devices.all) or "no disk at all"
     return f"waiting for {' and '.join(parts)}; seen: {seen}"
 

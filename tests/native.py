@@ -62,6 +62,10 @@ mount -t tmpfs -o mode=0755 run "$base/run"
 mkdir "$base/run/udev"
 mount --bind "$base/machine/udev" "$base/run/udev"
 mkdir "$base/run/udev/data"
+: >"$base/run/udev/control"  # somebody fills the database
+for number in /sys/class/block/[!l]*/dev; do  # the host's disks are there too, and hold nothing
+    [ ! -e "$number" ] || echo I:1 >"$base/run/udev/data/b$(cat "$number")"
+done
 printf '../machine/console\n' >"$base/machine/active"
 : >"$base/machine/cmdline"
 mkfifo "$base/machine/console" "$base/machine/kmsg"

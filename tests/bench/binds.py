@@ -27,7 +27,7 @@ def main(root: str, state: str, many: int) -> None:
         file.write(layout)
     devices = Devices(
         all=tuple(
-            Device(path=f"/dev/{name}", label=label, fstype="ext4", uuid=label, disk="/dev/x")
+            Device(path=f"/dev/{name}", label=label, fstype="ext4", uuid=label, disks=("/dev/x",))
             for name, label in (("x1", "COS_STATE"), ("x2", "A"))
         )
     )

@@ -49,7 +49,12 @@ def outputs(machine: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> di
         return {"error": f"exit status {status}\n{captured.err}"}
     assert not captured.err
     asked = cmdline.parse(line.read_bytes())
-    plan = cli.planned(asked, cli.devices_from(devices.read_text(), "devices"), str(root), f"{root}/run/cos")
+    plan = cli.planned(
+        asked,
+        cli.devices_from(devices.read_text(), "devices", asked.boot_disk),
+        str(root),
+        f"{root}/run/cos",
+    )
     said = {"plan": captured.out}
     if asked.engaged:
         image_fstab = root / "etc/fstab"

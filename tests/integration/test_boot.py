@@ -366,7 +366,10 @@ def test_no_state_partition(machine: Machine, agent: Sequence[str]) -> None:
     assert time.monotonic() - started < 4
     seen = [("COS_OEM", "oem"), ("COS_RECOVERY", "recovery"), ("COS_PERSISTENT", "persistent")]
     hint = "labels seen: " + ", ".join(f"{label} ({machine.part(name)})" for label, name in seen)
-    check_failed(machine, boot, 3, "cannot find a filesystem labelled 'COS_STATE'", hint)
+    told = boot.result["error"]["hint"]
+    assert told.startswith(f"{hint}; not known to udev yet: ")
+    assert machine.part("state") in told
+    check_failed(machine, boot, 3, "cannot find a filesystem labelled 'COS_STATE'", told)
     assert boot.mounts == []
     assert boot.result["waits"][0]["missing"] == ["LABEL=COS_STATE"]
     assert 900_000 < boot.result["waits"][0]["took_usec"] < 2_000_000
@@ -893,7 +896,10 @@ def test_without_udev_database(machine: Machine, agent: Sequence[str]) -> None:
 
     boot = machine.boot(f"{ALONE} rd.cos.timeout=1 rd.cos.oemtimeout=1", agent)
 
-    check_failed(machine, boot, 3, "cannot find a filesystem labelled 'COS_STATE'", "labels seen: none")
+    hint = boot.result["error"]["hint"]
+    assert hint.startswith("labels seen: none; not known to udev yet: ")
+    assert machine.part("state") in hint
+    check_failed(machine, boot, 3, "cannot find a filesystem labelled 'COS_STATE'", hint)
 
 
 def test_record_that_cannot_be_written(machine: Machine, agent: Sequence[str]) -> None:

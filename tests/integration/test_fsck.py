@@ -7,6 +7,7 @@ import struct
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import native
 import pytest
@@ -307,10 +308,15 @@ def cannot_mount(device: str, log: Log, tmp_path: Path) -> None:
     assert f"type e2fsck -f {device} and answer its questions" in caught.value.hint
 
 
-def look(device: str, **known: str) -> Devices:
+HOME_ONE = Device(path="/dev/c", label="COS_PERSISTENT", fstype="ext4", disks=("/dev/a",))
+
+
+def look(device: str, **known: Any) -> Devices:
     """Give a disk whose state partition is known, and a partition of which udev knows nothing more."""
-    state = Device(path="/dev/null", fstype="ext4", label="COS_STATE", disk="/dev/a")
-    return Devices(all=(state, Device(path=device, partlabel="persistent", disk="/dev/a").replace(**known)))
+    state = Device(path="/dev/null", fstype="ext4", label="COS_STATE", disks=("/dev/a",))
+    return Devices(
+        all=(state, Device(path=device, partlabel="persistent", disks=("/dev/a",)).replace(**known))
+    )
 
 
 PERSISTENT = Wanted(
@@ -357,10 +363,10 @@ def test_rescue_refuses(label: str, repair: str, reason: str, loop: Callable[...
     "devices",
     [
         look("/dev/zero", fstype="xfs"),
-        look("/dev/zero", disk="/dev/b"),
+        look("/dev/zero", disks=("/dev/b",)),
         look("/dev/zero", partlabel="other"),
         Devices(all=look("/dev/zero").all[1:]),
-        Devices(all=(*look("/dev/zero").all, Device(path="/dev/c", label="COS_PERSISTENT", fstype="ext4"))),
+        Devices(all=(*look("/dev/zero").all, HOME_ONE)),
     ],
 )
 def test_rescue_touches_nobody_elses(devices: Devices, log: Log) -> None:

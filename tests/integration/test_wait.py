@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from native import ACTIVE, Machine
+import pytest
+from native import ACTIVE, PARTITIONS, Machine
 
 FIRST_MOUNT = "/run/initramfs/cos-state"
 
@@ -131,6 +132,129 @@ def test_the_time_counts_from_the_start_of_the_initramfs(machine: Machine, sourc
 
     assert boot.status == 3
     assert 2.9e6 < boot.result["waits"][0]["took_usec"] < 4.5e6  # three seconds at least, for udev
+
+
+def spoof(machine: Machine, label: str) -> str:
+    """Give udev's record of a disk of the machine's own host a label; return the disk's path."""
+    name = next(path.name for path in Path("/sys/class/block").iterdir() if not path.name.startswith("loop"))
+    number = Path(f"/sys/class/block/{name}/dev").read_text().strip()
+    machine.path(f"/machine/udev/data/b{number}").write_text(
+        f"E:ID_FS_TYPE=ext4\nE:ID_FS_LABEL_ENC={label}\nE:ID_FS_UUID_ENC=not-ours\n"
+    )
+    return f"/dev/{name}"
+
+
+def test_another_disks_state_is_not_taken_before_udev_has_seen_all(
+    machine: Machine, source: Sequence[str]
+) -> None:
+    """The disk that is faster is not the right one by that."""
+    other = spoof(machine, "COS_STATE")
+    bring_back = take_away(machine, "state")
+    process = machine.start(f"{ACTIVE} rd.cos.bootdisk={machine.device}p1", source)
+    wait_until_listening(machine, process)
+    time.sleep(1.5)
+    assert process.poll() is None
+    bring_back()
+
+    boot = machine.finish(process)
+
+    assert (boot.status, boot.result["outcome"]) == (0, "ok")
+    assert (
+        f"because udev has not looked at {machine.part('state')} yet); seen: " in boot.stderr.splitlines()[0]
+    )
+    assert boot.plan["operations"][0]["source"] == machine.part("state") != other
+
+
+def test_another_disks_oem_never_configures_the_machine(machine: Machine, source: Sequence[str]) -> None:
+    other = spoof(machine, "COS_OEM")
+    take_away(machine, "oem")
+
+    boot = machine.boot(f"{ACTIVE} rd.cos.oemtimeout=1", source)
+
+    assert (boot.status, boot.result["outcome"]) == (0, "degraded")
+    assert "/sysroot/oem" not in [mount.target for mount in boot.mounts]
+    [missing] = [each for each in boot.plan["operations"] if each["kind"] == "missing"]
+    assert missing["hint"].endswith(f"UUID=not-ours  on {other}: on another disk than the system")
+
+
+def test_a_boot_disk_that_is_not_there_is_waited_for(machine: Machine, source: Sequence[str]) -> None:
+    boot = machine.boot(f"{ACTIVE} rd.cos.bootdisk=UUID=none rd.cos.timeout=1", source)
+
+    assert boot.status == 3
+    assert boot.result["error"]["message"] == (
+        "cannot find a filesystem with the UUID 'none', which rd.cos.bootdisk says was booted from"
+    )
+    assert boot.result["waits"][0]["missing"] == ["LABEL=COS_STATE", "LABEL=COS_OEM"]
+
+
+def test_an_answer_that_may_change_is_taken_in_the_end(machine: Machine, source: Sequence[str]) -> None:
+    """A disk that udev never gets done with does not stop a machine, but for ten seconds."""
+    other = spoof(machine, "COS_PERSISTENT")
+    take_away(machine, "persistent")
+    machine.path("/machine/kmsg").write_text(
+        f"6,1,{int((time.monotonic() - 8) * 1e6)},-;Run /init as init process\n"
+    )
+
+    boot = machine.boot(ACTIVE, source)
+
+    [wait] = boot.result["waits"]
+    assert wait["missing"] == []
+    assert 2.9e6 < wait["took_usec"] < 4.5e6
+    [mount] = [each for each in boot.plan["operations"] if each["target"] == "/sysroot/usr/local"][-1:]
+    assert mount["source"] == other
+    assert mount["why"].endswith(f", on another disk than {machine.part('state')}")
+
+
+def without_udev(machine: Machine) -> None:
+    machine.path("/machine/udev/control").unlink()
+    for record in machine.path("/machine/udev/data").iterdir():
+        record.unlink()
+
+
+def test_without_udev_the_superblocks_are_looked_at(machine: Machine, agent: Sequence[str]) -> None:
+    kept = {name: machine.record(machine.part(name)).read_text() for name in PARTITIONS}
+    without_udev(machine)
+
+    boot = machine.boot(f"{ACTIVE} rd.cos.debug rd.cos.bootdisk={machine.device}", agent)
+
+    assert (boot.status, boot.result["outcome"]) == (0, "ok")
+    assert boot.result["waits"] == []
+    for name, record in kept.items():
+        properties = dict(line[2:].split("=", 1) for line in record.splitlines())
+        [said] = [line for line in boot.stderr.splitlines() if f"Device(path='{machine.part(name)}'" in line]
+        for field, key in (
+            ("label", "ID_FS_LABEL"),
+            ("uuid", "ID_FS_UUID"),
+            ("partlabel", "ID_PART_ENTRY_NAME"),
+            ("partuuid", "ID_PART_ENTRY_UUID"),
+            ("fstype", "ID_FS_TYPE"),
+        ):
+            assert f"{field}='{properties[key]}'" in said
+
+
+@pytest.mark.parametrize(
+    ("blkid", "why"),
+    [
+        (None, "there is no blkid"),
+        ("#!/bin/sh\necho 'BusyBox v1.35.0 multi-call binary.'\nexit 1\n", "BusyBox"),
+    ],
+)
+def test_without_udev_and_blkid(
+    machine: Machine, source: Sequence[str], blkid: str | None, why: str
+) -> None:
+    without_udev(machine)
+    machine.run("mount", "-t", "tmpfs", "none", "/usr/sbin")
+    if blkid:
+        machine.path("/usr/sbin/blkid").write_text(blkid)
+        machine.path("/usr/sbin/blkid").chmod(0o755)
+
+    boot = machine.boot(ACTIVE, source)
+
+    assert boot.status == 3
+    message = boot.result["error"]["message"]
+    assert message.startswith("cannot look at the disks: udev does not run here, and ")
+    assert why in message
+    assert boot.result["error"]["hint"] == "put udev or util-linux's blkid into the initramfs"
 
 
 def test_says_what_it_waits_for_every_ten_seconds(machine: Machine, source: Sequence[str]) -> None:

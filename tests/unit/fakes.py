@@ -21,7 +21,8 @@ def partition(number: int, label: str, fstype: str = "ext4", disk: str = "/dev/v
         uuid=f"{number:08x}-0000-4000-8000-000000000000",
         partlabel=label.removeprefix("COS_").lower(),
         partuuid=f"{number:08x}-1111-4111-8111-111111111111",
-        disk=disk,
+        disks=(disk,),
+        parent=disk,
         size_bytes=64 << 20,
     )
 

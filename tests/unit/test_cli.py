@@ -12,7 +12,7 @@ import pytest
 from fakes import partition
 
 from immucore import __main__, __version__, cli
-from immucore.devices import Device
+from immucore.devices import Device, Devices
 from immucore.errors import CmdlineError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -135,10 +135,51 @@ def test_devices_from_lsblk() -> None:
         'PATH="/dev/sr0" LABEL="A B"\n'
     )
     assert cli.devices_from(text, "file").all == (
-        Device(path="/dev/vda", disk="/dev/vda", size_bytes=8 << 30),
+        Device(path="/dev/vda", disks=("/dev/vda",), size_bytes=8 << 30),
         partition(4, "COS_STATE"),
-        Device(path="/dev/sr0", label="A B", disk="/dev/sr0"),
+        Device(path="/dev/sr0", label="A B", disks=("/dev/sr0",)),
     )
+
+
+def test_a_stack_from_lsblk() -> None:
+    """It has a line for each of the devices that another lies on."""
+    text = (
+        'PATH="/dev/sda" KNAME="sda" PKNAME="" TYPE="disk" MODEL="Disk " SERIAL="S1" TRAN="sata" RM="0"\n'
+        'PATH="/dev/sda1" KNAME="sda1" PKNAME="sda" TYPE="part" FSTYPE="linux_raid_member"\n'
+        'PATH="/dev/md0" KNAME="md0" PKNAME="sda1" TYPE="raid1" FSTYPE="crypto_LUKS"\n'
+        'PATH="/dev/mapper/open" KNAME="dm-0" PKNAME="md0" TYPE="crypt" LABEL="DATA"\n'
+        'PATH="/dev/sdb" KNAME="sdb" PKNAME="" TYPE="disk" MODEL="Stick" SERIAL="S2" TRAN="usb" RM="0"\n'
+        'PATH="/dev/sdb1" KNAME="sdb1" PKNAME="sdb" TYPE="part" FSTYPE="linux_raid_member"\n'
+        'PATH="/dev/md0" KNAME="md0" PKNAME="sdb1" TYPE="raid1" FSTYPE="crypto_LUKS"\n'
+    )
+    both = ("/dev/sda", "/dev/sdb")
+    leg = {"fstype": "linux_raid_member", "holders": ("/dev/md0",)}
+    sda = {"disks": ("/dev/sda",), "model": "Disk", "serial": "S1", "bus": "sata"}
+    sdb = {"disks": ("/dev/sdb",), "model": "Stick", "serial": "S2", "bus": "usb", "removable": True}
+    found = cli.devices_from(text, "file", "/dev/sda")
+    assert found == Devices(
+        all=(
+            Device(path="/dev/sda", **sda),
+            Device(path="/dev/sda1", parent="/dev/sda", **leg, **sda),
+            Device(
+                path="/dev/md0",
+                fstype="crypto_LUKS",
+                holders=("/dev/mapper/open",),
+                disks=both,
+                removable=True,
+            ),
+            Device(path="/dev/mapper/open", label="DATA", disks=both, removable=True),
+            Device(path="/dev/sdb", **sdb),
+            Device(path="/dev/sdb1", parent="/dev/sdb", **leg, **sdb),
+        ),
+        boot="/dev/sda",
+        boot_origin="rd.cos.bootdisk",
+    )
+
+
+def test_devices_that_lie_on_each_other() -> None:
+    text = 'PATH="/dev/a" PKNAME="b"\nPATH="/dev/b" PKNAME="a"\n'
+    assert [device.path for device in cli.devices_from(text, "file").all] == ["/dev/a", "/dev/b"]
 
 
 def test_devices_of_this_machine_as_lsblk_prints_them() -> None:

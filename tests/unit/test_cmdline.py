@@ -235,18 +235,6 @@ def test_a_malformed_value_takes_the_default_even_after_a_good_one() -> None:
 
 
 @pytest.mark.parametrize(
-    "word",
-    [
-        "rd.cos.bootdisk=/dev/sda",
-    ],
-)
-def test_a_key_whose_behaviour_is_not_there_yet_says_so(word: str) -> None:
-    for spelled in (word, word.replace("rd.cos.", "rd.immucore.")):
-        said = f"'{spelled}' on the kernel command line is not supported yet and does nothing"
-        assert cmdline.parse(spelled.encode()) == Cmdline(warnings=(said,))
-
-
-@pytest.mark.parametrize(
     ("line", "mode", "repair", "allowed"),
     [
         ("", "auto", "preen", "preen"),
@@ -315,7 +303,7 @@ def test_whose_boot_it_is(line: str, engaged: bool, bystander: bool) -> None:
     assert (asked.engaged, asked.bystander) == (engaged, bystander)
 
 
-KEYS = sorted(cmdline._readers()) + [f"rd.cos.{name}" for name in cmdline._NOT_YET]
+KEYS = sorted(cmdline._readers())
 OURS = st.tuples(
     st.sampled_from(KEYS) | st.text("abc.-_", max_size=6).map(lambda rest: f"rd.cos.{rest}"),
     st.none()

@@ -59,7 +59,7 @@ class Kernel:
         return lambda *arguments: "done"
 
 labels = ("COS_STATE", "COS_OEM", "COS_PERSISTENT")
-found = [Device(path="/dev/" + x, fstype="ext4", label=x, uuid=x, disk="/dev/a") for x in labels]
+found = [Device(path="/dev/" + x, fstype="ext4", label=x, uuid=x, disks=("/dev/a",)) for x in labels]
 devices = Devices(all=tuple(found))
 asked = cmdline.parse(b"cos-img/filename=/cOS/active.img rd.cos.nonsense rd.cos.debug=x")
 observe.mounts()

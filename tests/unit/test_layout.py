@@ -10,7 +10,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from immucore import cmdline, fstab, layouts
-from immucore.devices import Device, Devices, Wanted
+from immucore.devices import HOME_FIRST, HOME_ONLY, Device, Devices, Wanted
 from immucore.errors import CmdlineError, ImmucoreError, LayoutError
 from immucore.image import Image, Setting
 from immucore.layouts import cos
@@ -86,7 +86,7 @@ def test_there_is_one_layout() -> None:
 def test_mode_and_partition(line: str, mode: str, where: str) -> None:
     assert cos.mode(asked(line)) == mode
     assert cos.partition(asked(line)) == where
-    assert cos.root_devices(asked(line))[0] == Wanted(spec=where, timeout_sec=180)
+    assert cos.root_devices(asked(line))[0] == Wanted(spec=where, timeout_sec=180, home=HOME_FIRST)
 
 
 @pytest.mark.parametrize("line", ["", "root=UUID=1", "root=live:/dev/sr0 cos-img/filename=/cOS/active.img"])
@@ -141,13 +141,19 @@ def test_what_is_waited_for_and_how_long() -> None:
         " rd.cos.mount=UUID=1:/a rd.cos.mount=LABEL=B:/b:nofail rd.cos.overlay=LABEL=O"
     )
     assert cos.root_devices(line) == (
-        Wanted(spec="LABEL=COS_STATE", timeout_sec=0),
-        Wanted(spec="LABEL=CONF", timeout_sec=7, partlabel="oem", near="LABEL=COS_STATE"),
+        Wanted(spec="LABEL=COS_STATE", timeout_sec=0, home=HOME_FIRST),
+        Wanted(spec="LABEL=CONF", timeout_sec=7, partlabel="oem", near="LABEL=COS_STATE", home=HOME_ONLY),
     )
     assert cos.state_devices(line, Image()) == (
         Wanted(spec="UUID=1", timeout_sec=0, near="LABEL=COS_STATE"),
         Wanted(spec="LABEL=B", timeout_sec=cos.OPTIONAL_TIMEOUT_SEC, near="LABEL=COS_STATE"),
-        Wanted(spec="LABEL=COS_PERSISTENT", timeout_sec=0, partlabel="persistent", near="LABEL=COS_STATE"),
+        Wanted(
+            spec="LABEL=COS_PERSISTENT",
+            timeout_sec=0,
+            partlabel="persistent",
+            near="LABEL=COS_STATE",
+            home=HOME_FIRST,
+        ),
         Wanted(spec="LABEL=O", timeout_sec=0, near="LABEL=COS_STATE"),
     )
 
@@ -510,7 +516,7 @@ def test_the_devices_asked_for_are_the_devices_planned(devices: Devices, layout:
             fstype="ext4",
             label=spec.removeprefix("LABEL="),
             uuid=str(n),
-            disk="/dev/vda",
+            disks=("/dev/vda",),
         )
         for n, spec in enumerate({each.spec for each in wanted})
     ]

@@ -10,35 +10,49 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from immucore import observe
-from immucore.devices import Device
+from immucore.devices import Device, Devices
 from immucore.errors import LayoutError, MountError
 from immucore.image import Setting
 
 
 class Machine:
-    """A /sys/class/block and a /run/udev/data."""
+    """A /sys/class/block, a /run/udev with a udevd, and the variables of the firmware."""
 
     def __init__(self, root: Path) -> None:
-        self.sysfs, self.udev, self._real = root / "class/block", root / "udev", root / "devices"
-        for directory in (self.sysfs, self.udev, self._real):
+        self.sysfs, self.run, self._real = root / "class/block", root / "udev", root / "devices"
+        self.efivars = root / "LoaderDevicePartUUID"
+        for directory in (self.sysfs, self.run / "data", self._real):
             directory.mkdir(parents=True)
+        (self.run / "control").touch()
 
     def add(
-        self, place: str, number: str, sectors: int, udev: str | None, *, partition: bool = False
-    ) -> None:
+        self, place: str, number: str, sectors: int, udev: str | None, *, removable: bool = False
+    ) -> Path:
         """Add the block device `place` (vda, or vda/vda1) as the kernel and udev show it."""
         real = self._real / place
         real.mkdir(parents=True)
         (real / "dev").write_text(f"{number}\n")
         (real / "size").write_text(f"{sectors}\n")
-        if partition:
-            (real / "partition").write_text("1\n")
+        (real / "removable").write_text(f"{removable:d}\n")
         (self.sysfs / real.name).symlink_to(real)
         if udev is not None:
-            (self.udev / f"b{number}").write_text(udev)
+            (self.run / f"data/b{number}").write_text(udev)
+        return real
+
+    def stack(self, name: str, number: str, udev: str | None, *slaves: str) -> None:
+        """Add a mapping or an array that is made of others."""
+        real = self.add(f"virtual/block/{name}", number, 2, udev)
+        (real / "slaves").mkdir()
+        for slave in slaves:
+            (real / "slaves" / slave).symlink_to(self.sysfs / slave)
+
+    def look(self, boot: str = "auto") -> Devices:
+        return observe.devices(
+            boot, sysfs=str(self.sysfs), udev=str(self.run / "data"), efivars=str(self.efivars)
+        )
 
     def devices(self) -> list[Device]:
-        return list(observe.devices(str(self.sysfs), str(self.udev)).all)
+        return [*self.look().all]
 
 
 @pytest.fixture
@@ -66,7 +80,7 @@ def test_a_disk_and_a_partition(machine: Machine) -> None:
     machine.add("vda", "254:0", 16777216, "E:ID_PART_TABLE_TYPE=gpt\n")
     machine.add("vda/vda4", "254:4", 2048, PARTITION)
     assert machine.devices() == [
-        Device(path="/dev/vda", disk="/dev/vda", size_bytes=8 << 30),
+        Device(path="/dev/vda", disks=("/dev/vda",), size_bytes=8 << 30),
         Device(
             path="/dev/vda4",
             links=("/dev/disk/by-label/COS_STATE",),
@@ -75,34 +89,120 @@ def test_a_disk_and_a_partition(machine: Machine) -> None:
             uuid="8d0e0c29-9a4e-4b0e-9c0e-0a3b1c1e5a11",
             partlabel="state",
             partuuid="5b3c7a55-7f3a-4f8e-8a15-0f9c2d4b6e77",
-            disk="/dev/vda",
+            disks=("/dev/vda",),
+            parent="/dev/vda",
             size_bytes=1 << 20,
         ),
     ]
 
 
-def test_the_disk_of_a_partition_of_which_only_the_kernel_says_so(machine: Machine) -> None:
-    machine.add("nvme0n1/nvme0n1p1", "259:1", 2, "E:ID_FS_TYPE=ext4\n", partition=True)
-    (device,) = machine.devices()
-    assert (device.path, device.disk) == ("/dev/nvme0n1p1", "/dev/nvme0n1")
+def test_what_a_partition_has_from_its_disk(machine: Machine) -> None:
+    machine.add(
+        "pci/nvme0/nvme0n1", "259:0", 4, "E:ID_SERIAL=S1\nE:ID_MODEL=SSD\nE:ID_BUS=nvme\n", removable=True
+    )
+    machine.add("pci/nvme0/nvme0n1/nvme0n1p1", "259:1", 2, "E:ID_FS_TYPE=ext4\n")
+    disk, part = machine.devices()
+    assert (disk.disks, disk.parent) == (("/dev/nvme0n1",), "")
+    assert (part.path, part.disks, part.parent) == ("/dev/nvme0n1p1", ("/dev/nvme0n1",), "/dev/nvme0n1")
+    for device in (disk, part):
+        assert (device.serial, device.model, device.bus) == ("S1", "SSD", "nvme")
+        assert device.removable
+
+
+def test_a_disk_on_usb_is_removable_whatever_it_says_of_itself(machine: Machine) -> None:
+    machine.add("pci/usb2/2-1/2-1:1.0/host6/block/sda", "8:0", 2, "E:ID_BUS=ata\n")
+    machine.add("pci/ata1/host0/block/sdb", "8:16", 2, "E:ID_BUS=ata\n")
+    assert [device.removable for device in machine.devices()] == [True, False]
 
 
 def test_what_udev_has_not_looked_at_is_not_known_yet(machine: Machine) -> None:
     machine.add("sda", "8:0", 2, None)
+    machine.add("sda/sda1", "8:1", 2, None)
     machine.add("sdb", "8:16", 2, "")
-    assert machine.devices() == []
+    machine.add("sr0", "11:0", 0, None)  # without a medium
+    machine.add("virtual/block/loop7", "7:7", 2, None)  # an image of somebody's
+    look = machine.look()
+    assert look.all == ()
+    assert [(each.path, each.disks) for each in look.unknown] == [
+        ("/dev/sda", ("/dev/sda",)),
+        ("/dev/sda1", ("/dev/sda",)),
+        ("/dev/sdb", ("/dev/sdb",)),
+    ]
+
+
+def test_a_stack(machine: Machine) -> None:
+    """A volume on an array of two disks lies on both, and neither it nor its members are free."""
+    machine.add("pci/vda", "254:0", 8, "E:ID_SERIAL=A\n")
+    machine.add("pci/vda/vda1", "254:1", 8, "E:ID_FS_TYPE=linux_raid_member\n")
+    machine.add("pci/usb1/sda", "8:0", 8, "E:ID_SERIAL=B\n")
+    machine.add("pci/usb1/sda/sda1", "8:1", 8, "E:ID_FS_TYPE=linux_raid_member\n")
+    machine.stack("md127", "9:127", "E:ID_FS_TYPE=LVM2_member\n", "vda1", "sda1")
+    machine.stack("dm-0", "253:0", "E:DM_NAME=vg-data\nE:ID_FS_LABEL_ENC=DATA\n", "md127")
+    machine.stack("dm-1", "253:1", None, "md127")
+    devices = {device.path: device for device in machine.devices()}
+    assert devices["/dev/vda1"].holders == devices["/dev/sda1"].holders == ("/dev/md127",)
+    assert devices["/dev/md127"].holders == ("/dev/mapper/vg-data", "/dev/dm-1")
+    volume = devices["/dev/mapper/vg-data"]
+    assert (volume.disks, volume.holders, volume.parent) == (("/dev/sda", "/dev/vda"), (), "")
+    assert (volume.removable, volume.serial) == (True, "")
+    assert [each.disks for each in machine.look().unknown] == [("/dev/sda", "/dev/vda")]
+
+
+def test_paths_of_a_multipath_device(machine: Machine) -> None:
+    machine.add("pci/sda", "8:0", 8, "E:DM_MULTIPATH_DEVICE_PATH=1\nE:ID_FS_TYPE=mpath_member\n")
+    machine.add("pci/sdb", "8:16", 8, "E:DM_MULTIPATH_DEVICE_PATH=0\n")
+    assert [device.multipath for device in machine.devices()] == [True, False]
+
+
+def test_a_path_that_the_kernels_own_multipath_hides_is_no_device(machine: Machine) -> None:
+    (machine.add("pci/nvme0/nvme0c0n1", "0:0", 8, None) / "dev").unlink()
+    assert machine.look() == Devices()
+
+
+@pytest.mark.parametrize(
+    ("variable", "boot"),
+    [
+        (b"\6\0\0\0" + "5B3C7A55-7F3A-4F8E\0".encode("utf-16-le"), "PARTUUID=5b3c7a55-7f3a-4f8e"),
+        (b"\6\0\0\0" + "5b3c7a55-7f3a-4f8e".encode("utf-16-le"), "PARTUUID=5b3c7a55-7f3a-4f8e"),
+        (b"\6\0\0\0" + "no GUID".encode("utf-16-le"), ""),
+        (b"\6\0\0\0", ""),
+        (b"", ""),
+        (b"\xff" * 99, ""),
+        (None, ""),
+    ],
+)
+def test_what_the_boot_loader_says(machine: Machine, variable: bytes | None, boot: str) -> None:
+    if variable is not None:
+        machine.efivars.write_bytes(variable)
+    look = machine.look()
+    assert (look.boot, look.boot_origin) == (boot, "LoaderDevicePartUUID" if boot else "")
+    named = machine.look("/dev/sda")
+    assert (named.boot, named.boot_origin) == ("/dev/sda", "rd.cos.bootdisk")
+
+
+def test_firmware_that_fails_is_no_reason_not_to_boot(machine: Machine) -> None:
+    machine.efivars.mkdir()
+    assert machine.look() == Devices()
 
 
 def test_a_mapping_goes_by_its_name(machine: Machine) -> None:
     machine.add("dm-0", "253:0", 2, "E:DM_NAME=vg-data\nE:ID_FS_TYPE=xfs\nE:ID_FS_LABEL_ENC=DATA\n")
     assert machine.devices() == [
-        Device(path="/dev/mapper/vg-data", fstype="xfs", label="DATA", disk="/dev/dm-0", size_bytes=1024)
+        Device(
+            path="/dev/mapper/vg-data",
+            fstype="xfs",
+            label="DATA",
+            disks=("/dev/mapper/vg-data",),
+            size_bytes=1024,
+        )
     ]
 
 
 def test_a_slash_in_a_name_is_an_exclamation_mark_in_sysfs(machine: Machine) -> None:
     machine.add("cciss!c0d0", "104:0", 2, "E:ID_PART_TABLE_TYPE=dos\n")
-    assert [(each.path, each.disk) for each in machine.devices()] == [("/dev/cciss/c0d0", "/dev/cciss/c0d0")]
+    assert [(each.path, each.disks) for each in machine.devices()] == [
+        ("/dev/cciss/c0d0", ("/dev/cciss/c0d0",))
+    ]
 
 
 def test_labels_are_decoded(machine: Machine) -> None:

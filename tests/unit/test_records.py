@@ -15,10 +15,10 @@ from immucore import cmdline, evidence, layouts
 from immucore.devices import Device, Devices, Place
 from immucore.plan import Mount, Plan
 
-STATE = Device(path="/dev/a4", fstype="ext4", label="COS_STATE", disk="/dev/a")
-OEM = Device(path="/dev/a2", fstype="ext4", label="COS_OEM", disk="/dev/a")
-PERSISTENT = Device(path="/dev/a5", fstype="ext4", label="COS_PERSISTENT", disk="/dev/a")
-STICK: Device = OEM.replace(path="/dev/b1", disk="/dev/b")
+STATE = Device(path="/dev/a4", fstype="ext4", label="COS_STATE", disks=("/dev/a",))
+OEM = Device(path="/dev/a2", fstype="ext4", label="COS_OEM", disks=("/dev/a",))
+PERSISTENT = Device(path="/dev/a5", fstype="ext4", label="COS_PERSISTENT", disks=("/dev/a",))
+STICK: Device = OEM.replace(path="/dev/b1", disks=("/dev/b",))
 ASKED = cmdline.parse(b"root=LABEL=COS_STATE cos-img/filename=/cOS/active.img")
 
 
@@ -229,7 +229,7 @@ def test_link_in_the_place_of_the_directory(tmp_path: Path, target: str) -> None
 def test_disk_that_does_not_answer_is_left_behind(tmp_path: Path) -> None:
     """A FIFO that nobody writes to: whoever opens it waits for ever."""
     os.mkfifo(tmp_path / "disk")
-    device = Device(path=str(tmp_path / "disk"), fstype="ext4", disk="/dev/none")
+    device = Device(path=str(tmp_path / "disk"), fstype="ext4", disks=("/dev/none",))
     started = time.monotonic()
 
     answer = evidence.save({"a": b"x"}, (Place(device=device, path="/oem", own_disk=True),), 0.2)
@@ -244,6 +244,6 @@ def test_no_place_at_all() -> None:
 
 def test_device_that_is_gone() -> None:
     gone = Place(
-        device=Device(path="/dev/gone", fstype="ext4", disk="/dev/gone"), path="/oem", own_disk=True
+        device=Device(path="/dev/gone", fstype="ext4", disks=("/dev/gone",)), path="/oem", own_disk=True
     )
     assert evidence.save({"a": b"x"}, (gone,)) == ("", ["/dev/gone: No such file or directory"])

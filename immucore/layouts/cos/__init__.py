@@ -7,7 +7,7 @@ Pure: command line, devices and what the image says in, plans out.
 
 from __future__ import annotations
 
-from immucore.devices import Device, Devices, Place, Wanted
+from immucore.devices import ANYWHERE, HOME_FIRST, HOME_ONLY, Device, Devices, Place, Wanted
 from immucore.errors import AmbiguousError, CmdlineError, DeviceError, LayoutError
 from immucore.fstab import lines_of, mount_point
 from immucore.layouts.cos.modes import attempts, image_path, mode, partition, users_data
@@ -65,9 +65,10 @@ __all__ = [
 
 STATE = "/run/initramfs/cos-state"
 OVERLAY_BASE = "/run/overlay"
-PARTLABELS = {"LABEL=COS_PERSISTENT": "persistent", "LABEL=COS_OEM": "oem"}  # contract §1
+PARTLABELS = {"LABEL=COS_PERSISTENT": "persistent"}  # contract §1
 BOOT_LOADER = "/run/immucore/boot-loader"  # where OEM is mounted to tell GRUB something
 OPTIONAL_TIMEOUT_SEC = 30
+PERSISTENT = ("LABEL=COS_PERSISTENT", "PARTLABEL=persistent")
 
 
 def lenient(cmdline: Cmdline) -> bool:
@@ -77,12 +78,10 @@ def lenient(cmdline: Cmdline) -> bool:
 
 def root_devices(cmdline: Cmdline) -> tuple[Wanted, ...]:
     """List the devices that root() needs."""
-    state = Wanted(spec=partition(cmdline), timeout_sec=cmdline.timeout_sec)
+    state = Wanted(spec=partition(cmdline), timeout_sec=cmdline.timeout_sec, home=HOME_FIRST)
     if cmdline.safe:
         return (state,)
-    return state, Wanted(
-        spec=oem(cmdline).spec, timeout_sec=cmdline.oem_timeout_sec, partlabel="oem", near=state.spec
-    )
+    return state, _wanted(oem(cmdline), cmdline.oem_timeout_sec, cmdline)
 
 
 def root(cmdline: Cmdline, devices: Devices) -> Plan:
@@ -113,18 +112,30 @@ def state_devices(cmdline: Cmdline, image: Image) -> tuple[Wanted, ...]:
     """List the devices that state() needs beside those of root()."""
     settings = read(cmdline, image)
     needless = not users_data(cmdline)
-    specs = [(volume.spec, needless or "nofail" in volume.options) for volume in settings.volumes]
+    volumes = [(volume, needless or "nofail" in volume.options) for volume in settings.volumes]
     if _on_device(settings):
-        specs.append((settings.overlay, needless))
+        volumes.append((_overlay_volume(settings), needless))
     return tuple(
-        Wanted(
-            spec=spec,
-            timeout_sec=OPTIONAL_TIMEOUT_SEC if optional else cmdline.timeout_sec,
-            partlabel=PARTLABELS.get(spec, ""),
-            near=partition(cmdline),
-        )
-        for spec, optional in specs
+        _wanted(volume, OPTIONAL_TIMEOUT_SEC if optional else cmdline.timeout_sec, cmdline)
+        for volume, optional in volumes
     )
+
+
+def _wanted(volume: Volume, timeout_sec: int, cmdline: Cmdline) -> Wanted:
+    return Wanted(
+        spec=volume.spec,
+        timeout_sec=timeout_sec,
+        near=partition(cmdline),
+        home=_home(volume),
+        partlabel="oem" if volume.mountpoint == OEM else PARTLABELS.get(volume.spec, ""),
+    )
+
+
+def _home(volume: Volume) -> str:
+    """Say where a volume may be: what configures the machine is on its own disks, its data should be."""
+    if volume.mountpoint == OEM:
+        return HOME_ONLY
+    return HOME_FIRST if volume.spec in PERSISTENT else ANYWHERE
 
 
 def state(cmdline: Cmdline, devices: Devices, image: Image) -> Plan:
@@ -134,7 +145,7 @@ def state(cmdline: Cmdline, devices: Devices, image: Image) -> Plan:
     needed = users_data(cmdline)
     if needed:
         _refuse_second_oem(cmdline, settings, devices, near)
-    lost = _lost_state(cmdline, settings, devices)
+    lost = _lost_state(cmdline, settings, devices, near)
     if lost:
         settings = _ephemeral_instead(settings, lost)
     names = directory_names(listed.name for listed in settings.ephemeral.values())
@@ -168,12 +179,12 @@ def state(cmdline: Cmdline, devices: Devices, image: Image) -> Plan:
     )
 
 
-def _lost_state(cmdline: Cmdline, settings: Settings, devices: Devices) -> Volume | None:
+def _lost_state(cmdline: Cmdline, settings: Settings, devices: Devices, near: Device) -> Volume | None:
     """Return the volume that keeps the state if it is not there and the boot goes on nevertheless."""
     volumes = [*settings.volumes, *(() if cmdline.safe else (oem(cmdline),))]
     holding = [volume for volume in volumes if is_below(settings.state_target, volume.mountpoint)]
     volume = max(holding, key=lambda each: len(each.mountpoint), default=None)
-    if volume is None or not settings.persistent or devices.candidates(volume.spec):
+    if volume is None or not settings.persistent or _candidates(volume, devices, near):
         return None
     required = users_data(cmdline) and "nofail" not in volume.options and volume in settings.volumes
     return None if required else volume
@@ -219,10 +230,10 @@ def evidence_places(cmdline: Cmdline, devices: Devices) -> tuple[Place, ...]:
     persistent, _, mountpoint = PERSISTENT_VOLUME.partition(":")
     for spec, path in ((oem(cmdline).spec, OEM), (persistent, mountpoint)):
         try:
-            device = devices.find(spec, near=state)
+            device = devices.find(spec, near=state, home_only=path == OEM)
         except DeviceError:
             continue
-        own = state is not None and device.disk == state.disk
+        own = state is not None and device.is_on(state.disks)
         places.append(Place(device=device, path=path, own_disk=own))
     if state is not None:
         places.append(Place(device=state, path=STATE, own_disk=True, remount=True))
@@ -263,6 +274,10 @@ def fell_back(cmdline: Cmdline, reason: str) -> Plan:
     )
 
 
+def _candidates(volume: Volume, devices: Devices, near: Device) -> tuple[Device, ...]:
+    return devices.candidates(volume.spec, near=near, home_only=_home(volume) == HOME_ONLY)
+
+
 def _mount(device: Device, target: str, options: tuple[str, ...], why: str, criticality: str) -> Operation:
     return Mount(
         source=device.path,
@@ -282,7 +297,7 @@ def _volume(
     target = target or SYSROOT + volume.mountpoint
     criticality = OPTIONAL if "nofail" in volume.options else criticality
     try:
-        device = devices.find(volume.spec, near=near)
+        device = devices.find(volume.spec, near=near, home_only=_home(volume) == HOME_ONLY)
     except DeviceError as error:
         return Missing(
             spec=volume.spec,
@@ -293,7 +308,10 @@ def _volume(
             criticality=criticality,
         )
     options = volume.options if {"ro", "rw"} & {*volume.options} else ("rw", *volume.options)
-    return _mount(device, target, options, volume.why, criticality)
+    why = volume.why
+    if near and not device.is_on(near.disks):
+        why += f", on another disk than {near.path}"
+    return _mount(device, target, options, why, criticality)
 
 
 def _oem(cmdline: Cmdline, devices: Devices, near: Device) -> Operation:
@@ -301,7 +319,7 @@ def _oem(cmdline: Cmdline, devices: Devices, near: Device) -> Operation:
     criticality = IMPORTANT
     if users_data(cmdline):
         try:
-            devices.find(oem(cmdline).spec, near=near)
+            devices.find(oem(cmdline).spec, near=near, home_only=True)
         except AmbiguousError:
             criticality = REQUIRED
         except DeviceError:
@@ -323,11 +341,10 @@ def _rejected(each: Rejected) -> Refused:
 def _refuse_second_oem(cmdline: Cmdline, settings: Settings, devices: Devices, near: Device) -> None:
     """Accept another spelling of the OEM that is mounted already, but no other device (contract §4, 6)."""
     ours, theirs = oem(cmdline), settings.oem
-    if theirs is None or theirs.spec == ours.spec or not devices.candidates(theirs.spec):
+    if theirs is None or theirs.spec == ours.spec:
         return
-    if not devices.candidates(ours.spec) or devices.find(theirs.spec, near=near) != devices.find(
-        ours.spec, near=near
-    ):
+    there = devices.candidates(theirs.spec, near=near)
+    if there and there != _candidates(ours, devices, near):
         raise LayoutError(
             f"cannot mount both '{ours}' and '{theirs}' on {theirs.mountpoint}",
             hint=f"OEM is found before the layout: use rd.cos.oemlabel=, or correct what {theirs.why}",
@@ -350,14 +367,17 @@ def _on_device(settings: Settings) -> bool:
     return bool(settings.ephemeral) and not settings.overlay.startswith("tmpfs:")
 
 
+def _overlay_volume(settings: Settings) -> Volume:
+    return Volume(spec=settings.overlay, mountpoint=OVERLAY_BASE, options=(), why=settings.overlay_why)
+
+
 def _overlay_base(settings: Settings, devices: Devices, near: Device, needed: bool) -> tuple[Operation, ...]:
     """Mount what backs the ephemeral overlays, if there are any."""
     criticality = _criticality("/etc", needed)
     if not settings.ephemeral:
         return ()
     if _on_device(settings):
-        base = Volume(spec=settings.overlay, mountpoint=OVERLAY_BASE, options=(), why=settings.overlay_why)
-        return (_volume(base, criticality, devices, near, target=OVERLAY_BASE),)
+        return (_volume(_overlay_volume(settings), criticality, devices, near, target=OVERLAY_BASE),)
     size = settings.overlay.partition(":")[2]
     return (
         Mount(
