@@ -108,7 +108,7 @@ class Devices(Record):
         Raises DeviceError when there is none, or several of which none stands out.
         """
         if self.boot_origin == BOOTDISK and not self.boot_disks():
-            raise DeviceError(
+            raise AmbiguousError(
                 f"cannot find {describe(self.boot)}, which {BOOTDISK} says was booted from",
                 hint=f"{self._seen(self.boot)}; without {BOOTDISK} the agent goes by the firmware",
             )

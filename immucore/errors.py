@@ -35,7 +35,7 @@ class DeviceError(ImmucoreError):
 
 
 class AmbiguousError(DeviceError):
-    """Several devices answer to one name: nothing is guessed, in this slot or in another."""
+    """Several devices answer to one name, or the boot disk is gone: nothing is guessed, in no slot."""
 
 
 class MountError(ImmucoreError):

@@ -178,7 +178,7 @@ def test_another_disks_oem_never_configures_the_machine(machine: Machine, source
 
 
 def test_a_boot_disk_that_is_not_there_is_waited_for(machine: Machine, source: Sequence[str]) -> None:
-    boot = machine.boot(f"{ACTIVE} rd.cos.bootdisk=UUID=none rd.cos.timeout=1", source)
+    boot = machine.boot(f"{ACTIVE} rd.cos.bootdisk=UUID=none rd.cos.timeout=1 rd.cos.oemtimeout=1", source)
 
     assert boot.status == 3
     assert boot.result["error"]["message"] == (
