@@ -94,6 +94,8 @@ install() {
         sed -i "1s,.*,#!$dash," "$initdir$guard" "$initdir$generator"
     fi
     inst_hook cmdline 15 "$moddir/immucore-cmdline.sh"
+    # dracut's fs-lib installs them where it is in the initramfs; --modules may have left it out.
+    inst_multiple -o e2fsck fsck.vfat
     inst_dir /etc/modprobe.d
     ! _has_tpm2 || _install_tpm2
 
