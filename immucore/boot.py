@@ -197,7 +197,7 @@ class Boot:
         finally:
             for step in self.record[before:]:
                 self.log.debug(f"{step.outcome} in {step.took_usec} us: {step.operation}")
-                if step.reason and step.outcome in ("degraded", "ignored"):
+                if step.reason and step.outcome in ("degraded", "ignored", "makeshift"):
                     self.log.warning(f"{step.reason}; the boot goes on without it")
                     self.log.debug(f"hint: {step.hint}")
 

@@ -48,6 +48,12 @@ class KernelMismatchError(MountError):
     """The image is whole, but of another kernel than the one that runs."""
 
 
+class MakeshiftError(ImmucoreError):
+    """What was asked for is there, though not in full: the boot goes on with it, degraded."""
+
+    exit_status = 4
+
+
 class Interrupted(ImmucoreError):
     """Somebody stopped the agent in the middle: half a system must not be booted."""
 

@@ -6,7 +6,7 @@ import errno
 import os
 import time
 
-from immucore.errors import DeviceError, ImmucoreError, Interrupted, MountError
+from immucore.errors import DeviceError, ImmucoreError, Interrupted, MakeshiftError, MountError
 from immucore.plan import (
     IMPORTANT,
     REQUIRED,
@@ -63,13 +63,14 @@ if TYPE_CHECKING:
             """Set what the boot loader boots next time."""
 
 
-SUCCEEDED = ("done", "present")
+SUCCEEDED = ("done", "present", "makeshift")
 
 
 class Step(Record):
     """What became of an operation.
 
-    Done, present (it was so already), degraded, ignored, failed, skipped; undone, where a slot was given up.
+    Done, present (it was so already), makeshift (there, but not in full), degraded, ignored, failed,
+    skipped; undone, where a slot was given up.
     """
 
     operation: Operation
@@ -97,7 +98,6 @@ def execute(
         failure: ImmucoreError | None = None
         below = next((path for path in lost for need in operation.needs if is_below(need, path)), None)
         if below is not None:
-            outcome = "skipped"
             why = "has failed its check" if below.startswith("/dev/") else "is not there"
             failure = MountError(f"cannot {operation}: {as_booted(below)} {why}", hint=BELOW)
         else:
@@ -109,10 +109,8 @@ def execute(
                 failure = _explained(operation, error)
             except ImmucoreError as error:
                 failure = error
-            if failure is not None:
-                outcome = "degraded" if operation.criticality == IMPORTANT else "ignored"
-        if failure is not None and (operation.criticality == REQUIRED or isinstance(failure, Interrupted)):
-            outcome = "failed"
+        if failure is not None:
+            outcome = _outcome(operation, failure, skipped=below is not None)
         step = Step(
             operation=operation,
             outcome=outcome,
@@ -122,7 +120,7 @@ def execute(
             hint=failure.hint if failure else "",
         )
         record.append(step)
-        if failure is not None:
+        if failure is not None and outcome not in SUCCEEDED:
             lost += operation.loses
             if isinstance(failure, Interrupted):
                 raise failure
@@ -130,6 +128,16 @@ def execute(
                 first = failure
     if first is not None:
         raise first
+
+
+def _outcome(operation: Operation, failure: ImmucoreError, *, skipped: bool) -> str:
+    if isinstance(failure, MakeshiftError):
+        return "makeshift"
+    if operation.criticality == REQUIRED or isinstance(failure, Interrupted):
+        return "failed"
+    if skipped:
+        return "skipped"
+    return "degraded" if operation.criticality == IMPORTANT else "ignored"
 
 
 def _call(operation: Operation, kernel: Kernel) -> str:  # noqa: PLR0911  one for each kind

@@ -13,7 +13,7 @@ import struct
 import time
 
 from immucore import observe, seed, superblock, syscalls
-from immucore.errors import OTHER_SLOT, MountError
+from immucore.errors import OTHER_SLOT, MakeshiftError, MountError
 from immucore.fstab import overlay_paths, unescape
 from immucore.plan import SYSROOT, is_below
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from immucore.log import Log
     from immucore.observe import MountPoint
 
+MAKESHIFT = "/run/immucore/makeshift"  # what cannot be kept goes here
 DONE, PRESENT = "done", "present"  # what a call did: it changed the machine, or found it so already
 
 LOOP_CTL_GET_FREE = 0x4C82  # linux/loop.h
@@ -51,9 +52,15 @@ class Kernel:
     """
 
     def __init__(
-        self, root: str = SYSROOT, *, log: Log | None = None, modules: str = "/lib/modules"
+        self,
+        root: str = SYSROOT,
+        *,
+        log: Log | None = None,
+        modules: str = "/lib/modules",
+        makeshift: str = MAKESHIFT,
     ) -> None:
         self._roots = [root]
+        self._makeshift = makeshift
         self._log = log  # for what takes long; None: this process' own
         self._checks: dict[str, tuple[str, str]] = {}
         self._modules = f"{modules}/{os.uname().release}"  # the initramfs' own, for the kernel that runs
@@ -153,32 +160,53 @@ class Kernel:
     def overlay(self, target: str, backing: str) -> str:
         """Stack `backing`/upper on `target`.
 
-        A new upper gets mode, owner and extended attributes of the lower.
-
-        index and metacopy are off because the lower of a kept upper is replaced by upgrades (overlayfs.rst,
-        "Changes to underlying filesystems").
+        A new upper gets mode, owner and extended attributes of the lower. Where the file system of `backing`
+        is full, what it keeps is shown all the same, and changes go to memory until the next boot: a machine
+        that has run out of space has to boot, so that somebody can make some. Raises MakeshiftError then.
         """
         where = self.directory(target)
-        base = self.directory(backing)
-        paths = overlay_paths(where, base)
         there = self._found.get(where)
-        if there and there.fstype == "overlay" and _upper(there) == _plain(f"{base}/upper"):
-            return PRESENT
+        makeshift = f"{self._makeshift}/{backing.strip('/').replace('/', '-')}"
+        upper = _upper(there) if there and there.fstype == "overlay" else ""
+        if upper != _plain(f"{makeshift}/upper"):  # as an earlier run has left it
+            shown = ""  # what an upper that cannot be written to has; read with what it covers
+            try:
+                base = self.directory(backing)
+                if upper == _plain(f"{base}/upper"):
+                    return PRESENT
+                shown = f"{base}/upper" if os.path.isdir(f"{base}/upper") else ""
+                return self._stack(where, base, like=where)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+            self._stack(where, self.directory(makeshift), like=shown or where, over=shown)
+        raise MakeshiftError(
+            f"cannot keep what changes in '{target}': {os.strerror(errno.ENOSPC)}",
+            hint=f"free space or inodes on the file system that holds {backing}, and boot again",
+        )
+
+    def _stack(self, where: str, base: str, *, like: str, over: str = "") -> str:
+        """Mount an overlay on `where` whose upper and work are in `base`, and another lower layer `over`.
+
+        A new upper is `like` another directory. index and metacopy are off because the lower of a kept upper
+        is replaced by upgrades (overlayfs.rst, "Changes to underlying filesystems").
+        """
         upper = f"{base}/upper"
         if not os.path.isdir(upper):
             seed.remove(f"{base}/upper.new")  # of a boot that was cut off here
             os.mkdir(f"{base}/upper.new", 0o700)
-            seed.copy_attributes(where, f"{base}/upper.new")
+            seed.copy_attributes(like, f"{base}/upper.new")
             seed.fsync(f"{base}/upper.new")
             os.rename(f"{base}/upper.new", upper)
         os.makedirs(f"{base}/work", 0o700, exist_ok=True)
-        data = ",".join(f"{key}={path}" for key, path in paths)
+        paths = dict(overlay_paths(where, base))
+        if over:
+            paths["lowerdir"] = f"{dict(overlay_paths(over, base))['lowerdir']}:{paths['lowerdir']}"
+        data = ",".join(f"{key}={path}" for key, path in paths.items())
         syscalls.mount("overlay", where, "overlay", 0, f"{data},index=off,metacopy=off")
         if os.statvfs(where).f_flag & os.ST_RDONLY:  # overlayfs then only tells the kernel's log
-            raise MountError(
-                f"cannot write to the overlay on '{target}': nothing can be made in '{base}/work'",
-                hint=f"free space or inodes on the file system that holds {backing}",
-            )
+            syscalls.umount(where)
+            raise OSError(errno.ENOSPC, f"nothing can be made in '{base}/work'", where)
         return DONE
 
     def seed(self, source: str, target: str) -> str:

@@ -105,7 +105,7 @@ def degraded(record: list[Step]) -> list[str]:
     return [
         f"{as_booted(step.operation.target)}: {step.reason}"
         for step in record
-        if step.outcome == "degraded"
+        if step.outcome in ("degraded", "makeshift")
         or (step.outcome == "skipped" and step.operation.criticality != OPTIONAL)
     ]
 

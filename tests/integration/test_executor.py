@@ -19,7 +19,7 @@ import pytest
 from native import isolated
 
 from immucore import grubenv, linux, observe
-from immucore.errors import KernelMismatchError, MountError
+from immucore.errors import KernelMismatchError, MakeshiftError, MountError
 from immucore.execute import Step, execute
 from immucore.linux import DONE, PRESENT, Kernel
 from immucore.plan import Bind, Mount, Operation, Overlay, Plan, Seed, WriteFile
@@ -595,3 +595,53 @@ def test_what_lies_below_a_lost_path_is_skipped(tmp_path: Path, name: str, kind:
         "done",
     ]
     assert mounted(root / f"{name}-beside")
+
+
+@pytest.mark.parametrize("full", ["bytes", "inodes"])
+@pytest.mark.parametrize("first", [True, False])
+@isolated(user=False)
+def test_a_full_disk_is_shown_with_what_it_keeps(full: str, first: bool, tmp_path: Path) -> None:
+    """Changes go to memory: the machine boots, and somebody can make space."""
+    lower, disk, memory = tmp_path / "lower", tmp_path / "disk", tmp_path / "memory"
+    for directory in (lower, disk, memory):
+        directory.mkdir()
+    lower.chmod(0o755)
+    (lower / "old").write_text("of the image")
+    (lower / "removed").write_text("of the image")
+    native.command("mke2fs", "-q", "-F", "-t", "ext4", "-m", "0", "-N", "200", tmp_path / "img", "8M")
+    native.command("mount", "-o", "loop", tmp_path / "img", disk)
+    native.command("mount", "-t", "tmpfs", "memory", memory)
+    backing = f"{disk}/.state/lower, it: is.overlay"
+
+    def kernel() -> Kernel:
+        return Kernel(str(tmp_path), makeshift=f"{memory}/run")
+
+    if not first:
+        assert kernel().overlay(str(lower), backing) == DONE
+        (lower / "kept").write_text("of the user")
+        (lower / "removed").unlink()
+        lower.chmod(0o700)
+        native.command("umount", lower)
+    script = {
+        "bytes": f"dd if=/dev/zero of={disk}/big bs=64k; dd if=/dev/zero of={disk}/more bs=1k; :",
+        "inodes": f"(i=0; while : >{disk}/$i; do i=$((i+1)); done) 2>/dev/null; :",
+    }
+    native.command("sh", "-c", script[full])
+
+    try:
+        outcome = kernel().overlay(str(lower), backing)
+    except MakeshiftError as error:
+        outcome = error.message
+        with pytest.raises(MakeshiftError) as again:  # the same once more, and nothing is stacked twice
+            kernel().overlay(str(lower), backing)
+        assert again.value.hint.startswith("free space or inodes on the file system that holds ")
+        assert [mount.target for mount in observe.mounts()].count(str(lower)) == 1
+
+    if first or full == "inodes":
+        assert outcome == f"cannot keep what changes in '{lower}': No space left on device"
+        (lower / "new").write_text("for now")
+    else:  # it depends on the kernel whether removing the old work directory makes room for a new one
+        assert outcome in (DONE, f"cannot keep what changes in '{lower}': No space left on device")
+    names = {"old", "removed"} if first else {"old", "kept"}
+    assert {path.name for path in lower.iterdir()} - {"new"} == names
+    assert stat.S_IMODE(lower.stat().st_mode) == (0o755 if first else 0o700)

@@ -17,6 +17,7 @@ from immucore import errors
         ("MountError", 4),
         ("AmbiguousError", 3),
         ("KernelMismatchError", 4),
+        ("MakeshiftError", 4),
         ("Interrupted", 4),
     ],
 )
@@ -29,7 +30,7 @@ def test_the_class_decides_the_exit_status(name: str, status: int) -> None:
 
 def test_every_class_is_in_the_table() -> None:
     classes = [each for each in vars(errors).values() if isinstance(each, type)]
-    assert len(classes) == 8
+    assert len(classes) == 9
 
 
 def test_the_hint_may_be_left_out() -> None:

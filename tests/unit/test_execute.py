@@ -9,7 +9,8 @@ from fakes import FakeKernel
 from hypothesis import given
 from hypothesis import strategies as st
 
-from immucore.errors import DeviceError, Interrupted, MountError
+from immucore import report
+from immucore.errors import DeviceError, Interrupted, MakeshiftError, MountError
 from immucore.execute import SUCCEEDED, Step, execute
 from immucore.plan import (
     IMPORTANT,
@@ -100,6 +101,20 @@ def test_what_cannot_grow_is_there_nevertheless() -> None:
 
     assert [step.outcome for step in steps] == ["done", "ignored", "done", "done"]
     assert steps[1].reason == "cannot grow /a to the size of /dev/a: Operation not permitted"
+
+
+def test_what_is_there_in_part_loses_nothing_and_is_degraded() -> None:
+    """Also where it is required: a full disk must not stop a boot."""
+    kernel = FakeKernel(
+        broken={"/a": MakeshiftError("cannot keep what changes in '/a': x", hint="free space")}
+    )
+
+    steps = run(kernel, mount("/a"), mount("/a/b"))
+    execute(Plan(operations=(mount("/a/c"),)), kernel, steps)
+
+    assert [step.outcome for step in steps] == ["makeshift", "done", "done"]
+    assert report.degraded(steps) == ["/a: cannot keep what changes in '/a': x"]
+    assert steps[0].hint == "free space"
 
 
 def test_the_record_has_times() -> None:
