@@ -1,8 +1,8 @@
 """After a failed boot: what rd.cos.onfail and rd.cos.fallback=reboot ask for. Imported only then.
 
-Where systemd runs, a unit that failed is its business: immucore-generator has told it what to do
-(OnFailure=, FailureAction=), which works too when the agent could not even start. Elsewhere, and where the
-boot loader has been told to boot something else, the agent does it itself.
+Where systemd runs, restarting is its business: immucore-generator has told it so (FailureAction=), which
+works too when the agent could not even start. Elsewhere, for halting, which systemd has as an action only
+since version 255, and where the boot loader has been told to boot something else, the agent does it itself.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def act(boot: Boot) -> None:
         time.sleep(int(seconds or 0))
         if not os.path.isdir(SYSTEMD):
             _restart(boot)
-    elif action == "halt" and not os.path.isdir(SYSTEMD):
+    elif action == "halt":
         _let_go(boot)
         syscalls.reboot(HALT)
     if os.getpid() == 1:

@@ -16,6 +16,7 @@ IMAGE = "cos-img/filename=/cOS/active.img"
 WANTED = "initrd-root-fs.target.d/50-immucore.conf"
 DEVICES = "immucore.service.d/50-devices.conf"
 
+ON_FAILURE = "immucore.service.d/50-onfail.conf"
 START_CLEANUP = "systemctl --no-block start initrd-cleanup.service"
 
 
@@ -185,3 +186,28 @@ def test_escapes_as_systemd_does(generate: Generate) -> None:
         command = ["systemd-escape", "--path", "--suffix=device", device]
         expected = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
         assert expected in generate(f"root={device} {IMAGE}")[DEVICES].split()
+
+
+@pytest.mark.parametrize(
+    ("words", "restarts"),
+    [
+        ("rd.cos.onfail=reboot", True),
+        ("rd.immucore.onfail=reboot:3", True),
+        ("rd.cos.onfail=shell rd.cos.onfail=reboot:0", True),
+        ("rd.cos.onfail=reboot rd.cos.onfail=shell", False),
+        ("rd.cos.onfail=reboot rd.cos.onfail=reboot:", False),
+        ("rd.cos.onfail=reboot:3s", False),
+        ("rd.cos.onfail=reboot:100000", False),
+        ("rd.cos.onfail=rebooting", False),
+        ("rd.cos.onfail=halt", False),
+        ("", False),
+    ],
+)
+def test_restarts_after_a_failure_when_that_is_asked_for(
+    generate: Generate, words: str, restarts: bool
+) -> None:
+    files = generate(f"{IMAGE} {words}")
+    for name in (ON_FAILURE, ON_FAILURE.replace("immucore", "initrd-switch-root")):
+        assert (files.get(name) == "[Unit]\nFailureAction=reboot-force\n") == restarts
+        assert (name in files) == restarts
+    assert cmdline.parse(f"{IMAGE} {words}".encode()).onfail.startswith("reboot") == restarts
