@@ -8,7 +8,7 @@ import faulthandler
 import os
 import time
 
-from immucore import cmdline, fstab, layouts, linux, log, observe, report
+from immucore import cmdline, ending, fstab, layouts, linux, log, observe, report
 from immucore.devices import Devices
 from immucore.errors import (
     AmbiguousError,
@@ -31,9 +31,7 @@ if TYPE_CHECKING:
     from immucore.devices import Wanted
     from immucore.image import Image
 
-BUG = 70
 FSTAB = "/etc/fstab"
-DEGRADED = "/run/cos/degraded"
 INITRD_RELEASE = "/etc/initrd-release"  # what tells an initramfs from a system: os-release(5)
 REFUSAL = f"""\
 immucore: cannot boot a system that is running: there is no {INITRD_RELEASE}
@@ -59,6 +57,7 @@ class Boot:
         self.record: list[Step] = []
         self.earlier: list[Step] = []  # of the slots that could not be booted
         self.waits: list[report.Wait] = []
+        self.given_up: set[str] = set()  # waited for in vain: no other slot waits for it once more
         self.running = True
 
     def interrupted(self, number: int, _frame: object) -> None:
@@ -161,7 +160,7 @@ class Boot:
         """Return a look at the devices that shows the wanted ones; waits for what is not settled."""
         boot = self.cmdline.boot_disk
         devices = self.devices if self.devices.all else observe.devices(boot)
-        absent = tuple(each for each in wanted if devices.unsettled(each))
+        absent = tuple(each for each in wanted if each.spec not in self.given_up and devices.unsettled(each))
         if absent:
             from immucore import wait  # imports pyroute2, as dear as four boots
 
@@ -169,10 +168,12 @@ class Boot:
                 self.log.debug(f"{each.spec} is waited for: {devices.unsettled(each)}")
             started_usec = time.monotonic_ns() // 1000
             devices = wait.for_devices(absent, self.log, self.cmdline.fsck_repair_allowed, boot)
+            missing = tuple(each.spec for each in wait.missing(absent, devices))
+            self.given_up.update(missing)
             self.waits.append(
                 report.Wait(
                     specs=tuple(each.spec for each in absent),
-                    missing=tuple(each.spec for each in wait.missing(absent, devices)),
+                    missing=missing,
                     took_usec=time.monotonic_ns() // 1000 - started_usec,
                 )
             )
@@ -274,7 +275,7 @@ def main() -> int:
         )
     except Exception as failure:  # noqa: BLE001  a bug too has to be told in one sentence, without a traceback
         error = _bug(boot.log, failure)
-    status = _finish(boot, error)
+    status = ending.finish(boot, error)
     if first and not error:
         pid1.switch_root(boot.cmdline)
     if first or error:
@@ -292,92 +293,3 @@ def _bug(boot_log: log.Log, failure: Exception) -> ImmucoreError:
         f"this is a bug in immucore: {type(failure).__name__}: {failure}",
         hint=f"report it with {report.DIRECTORY}/immucore.log, and boot another slot",
     )
-
-
-def _finish(boot: Boot, error: ImmucoreError | None) -> int:
-    """Write the record, tell the outcome, and return the exit status."""
-    reasons = report.degraded(boot.record)
-    if boot.slot.instead_of:
-        reasons.insert(
-            0, f"{boot.slot.mode} is booted instead of {boot.mode}: {report.why_not(boot.failures)}"
-        )
-    status = error.exit_status if error else 0
-    _tell(boot, error, reasons)
-    files: dict[str, str] = {}
-    try:
-        result = report.result(
-            outcome="failed" if error else "degraded" if reasons else "ok",
-            exit_status=status,
-            mode=boot.mode,
-            booted=boot.slot.mode or boot.mode,
-            failures=boot.failures,
-            next_entry=boot.next_entry,
-            degraded=reasons,
-            error=error,
-            record=boot.record,
-            waits=boot.waits,
-            started_usec=boot.started_usec,
-            ended_usec=time.monotonic_ns() // 1000,
-        )
-        table = observe.mounts()
-        files = _record(boot, result, table)
-        if not error:
-            done = [step.operation for step in boot.record if step.outcome in SUCCEEDED]
-            noted = fstab.utab(done, table, boot.kernel.path, observe.text(fstab.UTAB))
-            boot.kernel.write_file(fstab.UTAB, noted)
-        _write(boot, files, reasons)
-    except OSError as failure:
-        boot.log.error(f"cannot write the record to {report.DIRECTORY}: {failure.strerror}")
-        status = status or BUG
-    if (error or reasons) and boot.cmdline.engaged:  # a boot that is not ours leaves the disks alone
-        from immucore import evidence
-
-        evidence.keep(boot, files)
-    if error:
-        from immucore import onfail
-
-        report.to_consoles(report.summary(error, None, onfail.sentence(boot)))
-    elif reasons:
-        report.to_consoles("immucore: this boot is degraded: " + "; ".join(reasons))
-    return status
-
-
-def _tell(boot: Boot, error: ImmucoreError | None, reasons: list[str]) -> None:
-    """Log the outcome, and after a failure, or for debugging, what it was met with."""
-    if error:
-        failing = next((step for step in [*boot.earlier, *boot.record] if step.outcome == "failed"), None)
-        boot.log.error(report.summary(error, failing))
-        for device in boot.devices.all:
-            boot.log.debug(f"device: {device}")
-    elif boot.cmdline.engaged:
-        took_ms = (time.monotonic_ns() // 1000 - boot.started_usec) // 1000
-        mounted = f"{boot.slot.mode or boot.mode} booted from {boot.slot.image} in {took_ms} ms"
-        boot.log.write(
-            log.WARNING if reasons else log.INFO,
-            f"{mounted}, degraded: {'; '.join(reasons)}" if reasons else mounted,
-        )
-    if error or boot.cmdline.debug:
-        from immucore import evidence
-
-        boot.log.debug("mountinfo:\n" + evidence.mountinfo())
-
-
-def _record(boot: Boot, result: dict[str, object], table: tuple[observe.MountPoint, ...]) -> dict[str, str]:
-    """Give the files of the record."""
-    return {
-        "plan.json": report.json(report.plan(boot.plan)) + "\n",
-        "steps.json": report.json(report.steps([*boot.earlier, *boot.record])) + "\n",
-        "mounts": report.mount_points(boot.record, boot.kernel.path, table),
-        "immucore.log": "".join(f"{line}\n" for line in boot.log.lines),
-        "result.json": report.json(result) + "\n",
-    }
-
-
-def _write(boot: Boot, files: dict[str, str], reasons: list[str]) -> None:
-    """Write the record; its last file says that the others are complete. Raises OSError."""
-    for name, content in files.items():
-        boot.kernel.write_file(f"{report.DIRECTORY}/{name}", content)
-    if reasons:
-        boot.kernel.write_file(DEGRADED, "".join(f"{reason}\n" for reason in reasons))
-    else:
-        boot.kernel.remove_file(DEGRADED)

@@ -31,7 +31,7 @@ OURS = {
     "immucore",
     *(
         f"immucore.{name}"
-        for name in ("boot", "cmdline", "devices", "envfile", "errors", "execute", "fstab")
+        for name in ("boot", "cmdline", "devices", "ending", "envfile", "errors", "execute", "fstab")
     ),
     *(
         f"immucore.{name}"
