@@ -224,7 +224,7 @@ def _machine_with(specs: list[str]) -> Devices:
         path = value if kind == "" else f"/dev/vda{number}"
         key = (kind, value.lower())
         named = {kind.lower(): value} if kind else {}
-        found.setdefault(key, Device(**{"path": path, "fstype": "ext4", "disk": "/dev/vda", **named}))
+        found.setdefault(key, Device(**{"path": path, "fstype": "ext4", "disks": ("/dev/vda",), **named}))
     return Devices(all=tuple(found.values()))
 
 
@@ -311,7 +311,8 @@ class _Machine:
         self._root = Path(tempfile.mkdtemp(prefix="fuzz-udev-", dir="/dev/shm"))
         atexit.register(shutil.rmtree, self._root, ignore_errors=True)
         (self._root / "class").mkdir()
-        (self._root / "udev").mkdir()
+        (self._root / "udev/data").mkdir(parents=True)
+        (self._root / "udev/control").touch()  # udevd is there
         for minor, name in enumerate(NAMES):
             disk = name.rstrip("0123456789") if name.startswith("vda") else name
             real = self._root / "devices" / ("" if disk == name else disk) / name
@@ -329,14 +330,15 @@ class _Machine:
 
     def write(self, records: dict[str, bytes]) -> None:
         for minor, name in enumerate(NAMES):
-            file = self._root / "udev" / f"b254:{minor}"
+            file = self._root / "udev/data" / f"b254:{minor}"
             if records.get(name):
                 file.write_bytes(records[name])
             else:
                 file.unlink(missing_ok=True)
 
     def look(self) -> Devices:
-        return observe.devices(str(self._root / "class"), str(self._root / "udev"))
+        sysfs, udev = self._root / "class", self._root / "udev/data"
+        return observe.devices(sysfs=str(sysfs), udev=str(udev), efivars=str(self._root / "no-efivars"))
 
 
 def _property(record: bytes, name: bytes) -> str:
