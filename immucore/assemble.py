@@ -10,7 +10,7 @@ import json
 import os
 
 from immucore import cmdline, observe, process
-from immucore.devices import MEMBERS, describe, split
+from immucore.devices import HOME_ONLY, MEMBERS, describe, split
 from immucore.values import Record
 
 TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
@@ -37,12 +37,12 @@ SYSFS = "/sys/class/block"
 class Machine(Record):
     """Where all of this is looked up; the tests have their own."""
 
+    find: Callable[[str], str | None]
+    start: Callable[[Sequence[str]], process.Child]
     sysfs: str = SYSFS
     keys: tuple[str, ...] = KEYS
     units: tuple[str, ...] = UNITS
     cmdline: str = "/proc/cmdline"
-    find: Callable[[str], str | None] = process.find
-    start: Callable[[Sequence[str]], process.Child] = process.Child
 
 
 class Job(Record):
@@ -62,7 +62,7 @@ class Assembler:
 
     def __init__(self, log: Log, machine: Machine | None = None) -> None:
         self._log = log
-        self._machine = machine or Machine()
+        self._machine = machine or Machine(find=process.find, start=process.Child)
         self._jobs: dict[str, Job] = {}
         self._tried: set[str] = set()
         self._said: set[str] = set()
@@ -87,10 +87,10 @@ class Assembler:
 
     def close(self) -> None:
         """End what still asks for a passphrase; call it when the wait is over, however it ends."""
-        for job in self._jobs.values():
-            if job.asks:
-                job.child.end()
-                self._log.info(f"gave up to {job.what}")
+        self._reap()
+        for key, job in self._jobs.items():
+            if job.asks and not self._held(key):  # else it has its answer, and is about to end
+                self._log.info(f"gave up to {job.what}: {_words(job.child.end())}")
         self._jobs = {}
 
     def _reap(self) -> None:
@@ -99,11 +99,11 @@ class Assembler:
             if finished is None:
                 continue
             del self._jobs[key]
-            words = " ".join(finished.output.split())
-            self._log.debug(f"{job.what}: exit status {finished.status}: {words}")
+            self._log.debug(
+                f"{job.what}: exit status {finished.status}: {' '.join(finished.output.split())}"
+            )
             if finished.status:
-                last = (finished.output.strip() or f"exit status {finished.status}").splitlines()[-1]
-                self._log.warning(f"cannot {job.what}: {last}\n  hint: {job.hint}")
+                self._log.warning(f"cannot {job.what}: {_words(finished)}\n  hint: {job.hint}")
 
     def _start(self, key: str, argv: Sequence[str], what: str, *, hint: str, asks: bool = False) -> None:
         """Run a program once for `key`, unless it has been switched off or is not there."""
@@ -137,7 +137,7 @@ class Assembler:
 
     def _unlock(self, devices: Devices, wanted: tuple[Wanted, ...]) -> None:
         for device, each in containers(devices, wanted):
-            if device.path in self._tried or self._held(device):
+            if device.path in self._tried or self._held(device.path):
                 continue
             program = self._program(LUKS, device.path, *CRYPTSETUP)
             if not program:
@@ -184,8 +184,9 @@ class Assembler:
                     return name
         return None
 
-    def _held(self, device: Device) -> bool:
-        name = os.path.realpath(device.path).removeprefix("/dev/").replace("/", "!")
+    def _held(self, path: str) -> bool:
+        """Tell, of now and not of the last look, whether something has been made of a device."""
+        name = os.path.realpath(path).removeprefix("/dev/").replace("/", "!")
         try:
             return bool(os.listdir(f"{self._machine.sysfs}/{name}/holders"))
         except OSError:  # it has left
@@ -196,7 +197,7 @@ class Assembler:
     def _assemble(self, devices: Devices, *, degraded: bool) -> None:
         """Add each md member to its array, which starts when it is complete; later also without."""
         members = [device for device in devices.all if device.fstype == MD]
-        free = [device for device in members if not self._held(device)]
+        free = [device for device in members if not self._held(device.path)]
         if not members or not (free or degraded):
             return
         program = self._program(MD, members[0].path, "mdadm")
@@ -221,7 +222,7 @@ class Assembler:
     def _activate(self, devices: Devices, *, degraded: bool) -> None:
         """Activate volume groups, when physical volumes have come that nothing uses yet."""
         free = sorted(
-            device.path for device in devices.all if device.fstype == LVM and not self._held(device)
+            device.path for device in devices.all if device.fstype == LVM and not self._held(device.path)
         )
         if not free or any(key.startswith("vg ") for key in self._jobs):
             return
@@ -239,6 +240,11 @@ class Assembler:
         )
 
 
+def _words(finished: process.Finished) -> str:
+    """Give the last line that a program printed, which is where it says why."""
+    return (finished.output.strip() or f"exit status {finished.status}").splitlines()[-1]
+
+
 def patience_sec(wanted: tuple[Wanted, ...]) -> float:
     """How long what is incomplete may stay so, before it is started without what it lacks."""
     longest = max((each.timeout_sec or DEGRADED_SEC * 2 for each in wanted), default=0)
@@ -248,23 +254,31 @@ def patience_sec(wanted: tuple[Wanted, ...]) -> float:
 def containers(devices: Devices, wanted: tuple[Wanted, ...]) -> Iterator[tuple[Device, Wanted]]:
     """List the LUKS containers that may hold what is wanted, and for whom each would be unlocked.
 
-    Those on the disk of the system go before others of the same name: a foreign disk must not ask for a
-    passphrase. A container that says nothing of itself is looked into only there.
+    Those on the disk of the system go before others of the same name; a foreign one on a stick must not ask
+    for a passphrase by a name that anybody can give. One that says nothing of itself may hold the system or
+    its data, on its disk.
     """
     luks = [device for device in devices.all if device.fstype == LUKS]
-    home = home_disks(devices)
     for each in wanted:
+        home = home_disks(devices, each)
         named = [device for device in luks if _is_named(device, each.spec)]
+        own = [device for device in named if device.is_on(home)]
         silent = [device for device in luks if device.is_on(home) and not (device.label or device.partlabel)]
-        for device in [device for device in named if device.is_on(home)] or named or silent:
+        if split(each.spec)[0] in ("LABEL", "PARTLABEL"):
+            named = [device for device in named if not device.removable]
+            if home and each.home == HOME_ONLY:
+                named = []
+        for device in own or named or (silent if each.home != HOME_ONLY else ()):
             yield device, each
 
 
-def home_disks(devices: Devices) -> frozenset[str]:
+def home_disks(devices: Devices, wanted: Wanted) -> frozenset[str]:
     """Name the disks that hold the system, as far as can be told before it is mounted."""
+    near = devices.candidates(wanted.near) if wanted.near else ()
+    known = devices.boot_disks().union(near[0].disks if len(near) == 1 else ())
     names = ("COS_STATE", "COS_RECOVERY", "COS_GRUB")
     system = [each for each in devices.all if each.label in names and each.fstype not in MEMBERS]
-    return frozenset(devices.boot_disks() or {disk for device in system for disk in device.disks})
+    return frozenset(known or {disk for each in system if not each.removable for disk in each.disks})
 
 
 def _is_named(device: Device, spec: str) -> bool:

@@ -102,9 +102,11 @@ class Child:
 
     def finished(self) -> Finished | None:
         """Return how it ended, once; None while it runs."""
-        status = self._child.poll()
-        if status is None:
+        if self._child.poll() is None:
             return None
+        return self._result(self._child.returncode)
+
+    def _result(self, status: int) -> Finished:
         size = os.fstat(self._output).st_size
         output = os.pread(self._output, MAX_OUTPUT_BYTES, max(0, size - MAX_OUTPUT_BYTES))
         os.close(self._output)
@@ -112,15 +114,15 @@ class Child:
             status=status if status >= 0 else 128 - status, output=output.decode("utf-8", "replace")
         )
 
-    def end(self, timeout_sec: float = 2.0) -> None:
-        """Ask it to end, and kill it where it does not."""
+    def end(self, timeout_sec: float = 2.0) -> Finished:
+        """Ask it to end, kill it where it does not, and return how it ended."""
         self._child.terminate()
         try:
             self._child.wait(timeout_sec)
         except subprocess.TimeoutExpired:
             self._child.kill()
             self._child.wait()
-        os.close(self._output)
+        return self._result(self._child.returncode)
 
 
 def shell(console: str = "/dev/console") -> None:

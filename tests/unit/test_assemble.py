@@ -10,7 +10,7 @@ from fakes import partition
 
 from immucore import assemble, process
 from immucore.assemble import LUKS, LVM, MD, Assembler, Machine, patience_sec, tokens
-from immucore.devices import Device, Devices, Wanted
+from immucore.devices import BOOTDISK, HOME_ONLY, Device, Devices, Wanted
 from immucore.log import Log
 
 if TYPE_CHECKING:
@@ -33,8 +33,9 @@ class FakeChild(process.Child):
     def finished(self) -> process.Finished | None:
         return self.result
 
-    def end(self, timeout_sec: float = 2.0) -> None:
+    def end(self, timeout_sec: float = 2.0) -> process.Finished:
         self.ended = True
+        return process.Finished(status=143, output="TPM2 does not answer.\nStopped.\n")
 
 
 class Stage:
@@ -42,6 +43,7 @@ class Stage:
 
     def __init__(self, top: Path, line: str = "", *, tools: bool = True) -> None:
         self.top = top
+        top.mkdir(exist_ok=True)
         self.started: list[FakeChild] = []
         (top / "cmdline").write_text(line + "\n")
         (top / "sysfs").mkdir()
@@ -293,6 +295,45 @@ def test_the_end_of_the_wait_ends_the_question(tmp_path: Path) -> None:
 
     assert [child.ended for child in stage.started] == [True, False]
     assert stage.lines[-1].startswith("<6> gave up to unlock '/dev/vda5'")
+    assert stage.lines[-1].endswith(": Stopped.")
+
+
+def test_what_has_its_answer_is_not_ended(tmp_path: Path) -> None:
+    """The mapping is there a moment before systemd-cryptsetup has ended."""
+    stage = Stage(tmp_path)
+    stage.look(STATE, container())
+    stage.hold(container())
+
+    stage.assembler.close()
+
+    assert not stage.started[0].ended
+
+
+def test_a_stick_asks_for_no_passphrase(tmp_path: Path) -> None:
+    stick = container(disk="/dev/sdb").replace(removable=True)
+
+    assert Stage(tmp_path).look(STATE, stick) == []
+    wanted = Wanted(spec=f"UUID={UUID}", timeout_sec=0)
+    stage = Stage(tmp_path / "named")
+    assert stage.look(STATE, stick, wanted=wanted) == [unlocking(stick)]
+
+
+def test_what_configures_the_machine_is_on_its_own_disk(tmp_path: Path) -> None:
+    oem = Wanted(spec="LABEL=COS_OEM", timeout_sec=10, near="LABEL=COS_STATE", home=HOME_ONLY)
+    locked = container("COS_OEM", disk="/dev/vdb")
+
+    assert Stage(tmp_path).look(STATE, locked, container(""), wanted=oem) == []
+
+
+def test_the_boot_disk_is_home(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    foreign = container(disk="/dev/vdb")
+    devices = (container(), foreign, STATE)
+    stage.look(*devices, wanted=Wanted(spec="LABEL=none", timeout_sec=0))
+
+    stage.assembler.look(Devices(all=devices, boot="/dev/vdb5", boot_origin=BOOTDISK), (PERSISTENT,), 11.0)
+
+    assert [child.argv[-3] for child in stage.started] == ["/dev/vdb5"]
 
 
 def test_without_the_programs_a_line_says_so_once(tmp_path: Path) -> None:
@@ -377,3 +418,15 @@ def test_volume_groups_are_activated_complete_and_later_degraded(tmp_path: Path)
 )
 def test_patience(seconds: int, patience: float) -> None:
     assert patience_sec((PERSISTENT.replace(timeout_sec=seconds),)) == patience
+
+
+def test_a_real_machine(tmp_path: Path) -> None:
+    """With the programs of this one; nothing of it can be assembled."""
+    log = Log(journal=True)
+    assembler = Assembler(log)
+    gone = partition(5, "x", LVM).replace(path=f"{tmp_path}/gone")
+
+    assembler.look(Devices(all=(STATE, gone)), (PERSISTENT,), 10.0)
+    assembler.close()
+
+    assert log.lines == []
