@@ -48,22 +48,32 @@ def _all(descriptor: int, limit_bytes: int = MAX_FILE_BYTES) -> bytes:
     return content
 
 
-class Node(Record):
+class Node:
     """A block device as sysfs has it, and what is known of what is on it."""
 
-    name: str
-    parent: str  # the name of the disk that a partition is a part of
-    slaves: tuple[str, ...]  # the names of what it is made of
-    size_bytes: int
-    removable: bool
-    properties: dict[str, str] | None  # as udev calls them; None: udev has not looked at it yet
-    links: tuple[str, ...]
+    def __init__(self, directory: str, record: str, names: set[str]) -> None:
+        place = os.readlink(directory)  # ../../devices/pci0000:00/…/block/vda/vda1
+        above, self.name = place.split("/")[-2:]
+        self.parent = above if above in names else ""  # the disk that a partition is a part of
+        virtual = "/virtual/" in place
+        stacked = virtual and not self.parent and not self.name.startswith("loop")
+        self.slaves = sorted(os.listdir(f"{directory}/slaves")) if stacked else []  # what it is made of
+        self.size_bytes = int(text(f"{directory}/size") or 0) * 512
+        self.removable = "/usb" in place or (
+            not (virtual or self.parent) and text(f"{directory}/removable").strip() == "1"
+        )
+        lines = record.split("\n")  # a label may have what str.splitlines() takes for the end of a line
+        self.known = bool(record)  # udev has looked at it
+        self.links = tuple([f"/dev/{line[2:]}" for line in lines if line.startswith("S:")])
+        self.properties = dict(
+            [line[2:].split("=", 1) for line in lines if line.startswith("E:") and "=" in line]
+        )
+        mapped = self.properties.get("DM_NAME", "")
+        self.path = f"/dev/mapper/{mapped}" if mapped else _path(self.name)
 
-    @property
-    def path(self) -> str:
-        """How it is mounted; mappings by the name that somebody has given them."""
-        mapped = (self.properties or {}).get("DM_NAME", "")
-        return f"/dev/mapper/{mapped}" if mapped else "/dev/" + self.name.replace("!", "/")
+
+def _path(name: str) -> str:
+    return "/dev/" + name.replace("!", "/")
 
 
 def devices(boot: str = "auto", *, sysfs: str = SYSFS, udev: str = UDEV, efivars: str = EFIVARS) -> Devices:
@@ -85,7 +95,8 @@ def devices(boot: str = "auto", *, sysfs: str = SYSFS, udev: str = UDEV, efivars
             number = text(f"{directory}/dev").strip()
             if number:  # the paths below the kernel's own NVMe multipath have none
                 record = record_of(f"{udev}/b{number}", directory)
-                nodes[name] = _node(directory, record, names)
+                if record or not (name.startswith("loop") and name[4:].isdecimal()):  # many, mostly idle
+                    nodes[name] = Node(directory, record, names)
         except OSError as error:
             if error.errno not in _GONE:
                 raise
@@ -100,61 +111,35 @@ def _udev_record(path: str, _directory: str) -> str:
     return text(path)
 
 
-def _node(directory: str, record: str, names: set[str]) -> Node:
-    lines = record.split("\n")  # a label may have what str.splitlines() takes for the end of a line
-    place = os.readlink(directory)  # ../../devices/pci0000:00/…/block/vda/vda1
-    above, name = place.split("/")[-2:]
-    parent = above if above in names else ""
-    virtual = "/virtual/" in place
-    properties = dict(line[2:].split("=", 1) for line in lines if line.startswith("E:") and "=" in line)
-    idle = (
-        not record and name.startswith("loop") and not parent
-    )  # there can be hundreds, of nobody's interest
-    return Node(
-        name=name,
-        parent=parent,
-        slaves=tuple(sorted(os.listdir(f"{directory}/slaves")))
-        if virtual and not (parent or name.startswith("loop"))
-        else (),
-        size_bytes=0 if idle else int(text(f"{directory}/size") or 0) * 512,
-        removable="/usb" in place or (not (virtual or parent) and _is_removable(directory)),
-        properties=properties if record else None,
-        links=tuple(f"/dev/{line[2:]}" for line in lines if line.startswith("S:")),
-    )
-
-
-def _is_removable(directory: str) -> bool:
-    return text(f"{directory}/removable").strip() == "1"
-
-
 def _related(nodes: dict[str, Node], boot: str, origin: str) -> Devices:
     """Say of each device which disks are beneath it and what is made of it."""
     holders: dict[str, list[str]] = {}
     for node in nodes.values():
         for name in node.slaves:
             holders.setdefault(name, []).append(node.path)
-    known, unknown = [], []
+    known: list[Device] = []
+    unknown: list[Device] = []
     for node in nodes.values():
-        device = _device(
-            node, [nodes[disk] for disk in _disks(node.name, nodes)], holders.get(node.name, [])
-        )
-        if node.properties is not None:
-            known.append(device)
-        elif node.size_bytes:  # a drive without a medium has nothing to be known
-            unknown.append(device)
+        if node.known or node.size_bytes:  # a drive without a medium has nothing to be known
+            device = _device(node, _disks(node.name, nodes), holders.get(node.name, []), nodes)
+            (known if node.known else unknown).append(device)
     return Devices(all=tuple(known), unknown=tuple(unknown), boot=boot, boot_origin=origin if boot else "")
 
 
 def _disks(name: str, nodes: dict[str, Node]) -> list[str]:
     """Name the whole disks that a device lies on; itself if it lies on none."""
+    if name not in nodes:  # a loop device that udev knows nothing of
+        return [name]
     node = nodes[name]
-    below = [each for each in (node.parent, *node.slaves) if each in nodes]
-    return sorted({disk for each in below for disk in _disks(each, nodes)}) or [name]
+    if node.parent:
+        return _disks(node.parent, nodes)
+    return sorted({disk for each in node.slaves for disk in _disks(each, nodes)}) or [name]
 
 
-def _device(node: Node, disks: list[Node], holders: list[str]) -> Device:
-    own = node.properties or {}
-    whole = own if "ID_SERIAL" in own or len(disks) > 1 else disks[0].properties or own
+def _device(node: Node, disks: list[str], holders: list[str], nodes: dict[str, Node]) -> Device:
+    own = node.properties
+    wholes = [nodes[disk] for disk in disks if disk in nodes]
+    whole = wholes[0].properties if len(wholes) == 1 and "ID_SERIAL" not in own else own
     return Device(
         path=node.path,
         links=node.links,
@@ -163,14 +148,14 @@ def _device(node: Node, disks: list[Node], holders: list[str]) -> Device:
         uuid=decode(own.get("ID_FS_UUID_ENC", "")),
         partlabel=decode(own.get("ID_PART_ENTRY_NAME", "")),
         partuuid=own.get("ID_PART_ENTRY_UUID", ""),
-        disks=tuple(disk.path for disk in disks),
-        parent="/dev/" + node.parent.replace("!", "/") if node.parent else "",
+        disks=tuple([nodes[disk].path if disk in nodes else _path(disk) for disk in disks]),
+        parent=_path(node.parent) if node.parent else "",
         holders=tuple(holders),
         size_bytes=node.size_bytes,
         model=whole.get("ID_MODEL", ""),
         serial=whole.get("ID_SERIAL", ""),
         bus=whole.get("ID_BUS", ""),
-        removable=any(disk.removable for disk in disks),
+        removable=any(disk.removable for disk in wholes),
         multipath=own.get("DM_MULTIPATH_DEVICE_PATH", "") == "1",
     )
 
@@ -190,6 +175,8 @@ def _loader_partition(path: str) -> str:
 
 def decode(encoded: str) -> str:
     r"""Undo udev's \xNN (systemd: src/shared/udev-util.c, encode_devnode_name())."""
+    if "\\" not in encoded:
+        return encoded
     head, *parts = encoded.split("\\x")
     raw = [head.encode("utf-8", "surrogateescape")]
     for part in parts:

@@ -175,6 +175,23 @@ def measure_binds(many: int) -> tuple[int, ...]:
     return tuple(map(int, done.stdout.split()))
 
 
+def resolving(runs: int) -> list[Line]:
+    """Look at 1, 32 and 256 devices and choose those of a boot; a device's time must not grow with them."""
+    lines, per_device = [], []
+    for many in (1, 32, 256):
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as name:  # in memory, as sysfs and /run
+            words = ["/usr/bin/python3.11", "-I", "-S", "-OO", str(HERE / "resolving.py"), str(native.ROOT)]
+            said = native.command(*words, f"{name}/machine", str(many), str(runs))
+        took_ms = min(map(int, said.split())) / MS  # what else the host does is not measured
+        per_device.append(took_ms / many)
+        lines.append(
+            Line(f"resolving among {many}", took_ms, "ms", note=f"{took_ms / many * 1000:.0f} us each")
+        )
+    ratio = per_device[2] / per_device[1]
+    lines.append(Line("a device of 256 / a device of 32", ratio, "x", 1.5, "linear: about 1"))
+    return lines
+
+
 VM_BOOTS = 3
 
 
@@ -226,6 +243,7 @@ PARTS: dict[str, Callable[[int], list[Line]]] = {
     "A whole boot in a mount namespace": native_boot,
     "Size": sizes,
     "Bind paths": binds,
+    "Resolving devices": resolving,
     "Initramfs": initramfs_growth,
     "Virtual time": virtual_time,
 }
