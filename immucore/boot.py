@@ -169,7 +169,7 @@ class Boot:
             started_usec = time.monotonic_ns() // 1000
             devices = wait.for_devices(absent, self.log, self.cmdline.fsck_repair_allowed, boot)
             missing = tuple(each.spec for each in wait.missing(absent, devices))
-            self.given_up.update(missing)
+            self.given_up.update(each.spec for each in absent if devices.unsettled(each))
             self.waits.append(
                 report.Wait(
                     specs=tuple(each.spec for each in absent),
@@ -180,6 +180,10 @@ class Boot:
         if self.cmdline.debug and devices != self.devices:
             for device in devices.all:
                 self.log.debug(f"device: {device}")
+        if self.cmdline.debug:
+            for each in wanted:
+                for line in devices.table(each):
+                    self.log.debug(f"{each.spec}: {line}")
         self.devices = devices
         return devices
 

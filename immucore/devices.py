@@ -138,6 +138,11 @@ class Devices(Record):
             return ()
         return self.candidates(wanted.spec, near=self._near(wanted), home_only=wanted.home == HOME_ONLY)
 
+    def table(self, wanted: Wanted) -> list[str]:
+        """Give a line for each device that has the name, with why it is not the one if it is not."""
+        _, refused = self._choose(wanted.spec, self._near(wanted), wanted.home == HOME_ONLY)
+        return list(_table(self._claimants(wanted.spec), refused))
+
     def unsettled(self, wanted: Wanted) -> str:
         """Say why the answer to `wanted` may still be another in a moment; empty when it is settled.
 

@@ -169,9 +169,10 @@ def test_another_disks_oem_never_configures_the_machine(machine: Machine, source
     other = spoof(machine, "COS_OEM")
     take_away(machine, "oem")
 
-    boot = machine.boot(f"{ACTIVE} rd.cos.oemtimeout=1", source)
+    boot = machine.boot(f"{ACTIVE} rd.cos.oemtimeout=1 rd.cos.debug", source)
 
     assert (boot.status, boot.result["outcome"]) == (0, "degraded")
+    assert f"LABEL=COS_OEM: {other}  " in boot.stderr
     assert "/sysroot/oem" not in [mount.target for mount in boot.mounts]
     [missing] = [each for each in boot.plan["operations"] if each["kind"] == "missing"]
     assert missing["hint"].endswith(f"UUID=not-ours  on {other}: on another disk than the system")

@@ -259,6 +259,14 @@ def test_several_of_which_none_stands_out_stop_the_boot(near: Device | None) -> 
     ]
 
 
+def test_the_table_of_what_is_wanted() -> None:
+    wanted = Wanted(spec="LABEL=DATA", timeout_sec=1, near=NEAR)
+    assert Devices(all=(stick(), STATE, on("vda", 5))).table(wanted) == [
+        "/dev/sdz1  64 MiB  -  -  UUID=sdz-1  on /dev/sdz: removable, and not the boot disk",
+        "/dev/vda5  64 MiB  -  -  UUID=vda-5  on /dev/vda",
+    ]
+
+
 def test_a_boot_disk_that_is_named_has_to_be_there() -> None:
     devices = Devices(all=(STATE,), boot="UUID=1", boot_origin=BOOTDISK)
     with pytest.raises(DeviceError) as caught:
