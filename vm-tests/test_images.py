@@ -1,0 +1,288 @@
+"""An image that cannot be booted: the next that can is booted at once, and everyone sees which and why."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import derivative
+import expect
+import pytest
+from disk import Disk
+from machine import Guest, Machine
+from report import Report
+
+LIMIT_SEC = 30.0  # of the machine's own time: no failure keeps anybody waiting for longer
+RECOVERY = "root=LABEL=COS_RECOVERY cos-img/filename=/cOS/recovery.squashfs quiet"
+
+
+def cut(percent: int) -> Callable[[Path], object]:
+    """Leave the first part of an image, as a copy that was interrupted does."""
+    return lambda image: os.truncate(image, image.stat().st_size * percent // 100)
+
+
+def zero_superblock(image: Path) -> None:
+    with image.open("r+b") as file:
+        file.seek(1024)
+        file.write(bytes(1024))
+
+
+def without(*paths: str) -> Callable[[Path], object]:
+    return lambda image: derivative.debugfs(image, *(f"rm {path}" for path in paths))
+
+
+def with_other_modules(image: Path) -> None:
+    """Have the modules of another kernel and none of the running one's."""
+    found = derivative.debugfs(image, "ls -p /usr/lib/modules").splitlines()
+    version = next(
+        line.split("/")[5] for line in found if line.startswith("/") and line.split("/")[5][:1].isdigit()
+    )
+    old, new = f"/usr/lib/modules/{version}", "/usr/lib/modules/2.6.32-nobody"
+    derivative.debugfs(image, f"ln {old} {new}", f"unlink {old}")
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "empty": (cut(0), "the file is empty"),
+    "cut at 10 %": (cut(10), "bytes of it are missing"),
+    "cut at 99 %": (cut(99), "bytes of it are missing"),
+    "zero superblock": (zero_superblock, "no superblock of ext2/3/4, squashfs, erofs, xfs or btrfs in it"),
+    "no os-release": (without("/etc/os-release", "/usr/lib/os-release"), "there is no etc/os-release"),
+    "no init": (
+        without("/usr/sbin/init", "/usr/lib/systemd/systemd", "/usr/bin/init"),
+        "there is no an init (/sbin/init)",
+    ),
+    "other modules": (with_other_modules, "it has no modules for the running kernel"),
+}
+
+
+@pytest.fixture
+def broken_disk(work: Path, cos_disk: Callable[..., Disk]) -> Callable[..., Disk]:
+    """Return what makes a disk some of whose images are damaged: file name → what is done to it."""
+
+    def make(
+        damage: Mapping[str, Callable[[Path], object]],
+        suite: str = "bookworm",
+        oem: Mapping[str, str] | None = None,
+    ) -> Disk:
+        partitions: dict[str, dict[str, Path]] = {"state": {}, "recovery": {}}
+        for name, spoil in damage.items():
+            image = work / name
+            derivative.run("cp", "--sparse=always", "--reflink=auto", derivative.images(suite)[name], image)
+            spoil(image)
+            partitions["recovery" if name.startswith("recovery") else "state"][f"cOS/{name}"] = image
+        return cos_disk(suite=suite, oem=oem, **partitions)
+
+    return make
+
+
+def fell_back(report: Report, slot: str, *reasons: str) -> None:
+    """Another slot is booted; what each of those before it lacks stands where a person looks for it."""
+    failures = {failure["mode"]: failure["message"] for failure in report.result["failures"]}
+    assert report.result["outcome"] == "degraded"
+    assert report.result["exit_status"] == 0
+    assert (report.result["mode_asked"], report.result["mode_booted"]) == ("active", slot)
+    assert [*failures] == ["active", "passive"][: len(reasons)]
+    why = report.file("/run/cos/upgrade_failure")
+    assert why.startswith("active: ")
+    for reason, message in zip(reasons, failures.values(), strict=True):
+        assert reason in message
+        assert message in why
+    told = f"{slot} is booted instead of active: {why.strip()}"
+    assert told in report.console
+    assert told in report.file("/run/cos/degraded")
+    sentinels = [path for path in report.files if path.endswith("_mode")]
+    assert sorted(sentinels) == [f"/run/{field}/{slot}_mode" for field in ("cos", "elemental")]
+    assert "Traceback" not in report.console
+    assert "The boot stops here" not in report.console
+
+
+@pytest.mark.parametrize(
+    ("suite", "damage"),
+    [
+        *(("bookworm", name) for name in DAMAGE),
+        *(("trixie", name) for name in ("cut at 99 %", "other modules")),
+    ],
+)
+def test_passive_is_booted_at_once(
+    machine: Callable[..., Machine], broken_disk: Callable[..., Disk], suite: str, damage: str
+) -> None:
+    spoil, reason = DAMAGE[damage]
+    disk = broken_disk({"active.img": spoil}, suite)
+
+    report = machine(disk, expect.ACTIVE).boot(limit_s=60, until="initramfs")
+
+    assert (report.stage, report.slot) == ("initramfs", "passive"), report.console[-3000:]
+    fell_back(report, "passive", reason)
+    root = report.mount("/sysroot")
+    assert report.backing_files[root.source].endswith("/cOS/passive.img")
+    assert [mount.target for mount in report.mountinfo].count("/sysroot") == 1
+    assert len(report.backing_files) == 1
+
+
+def test_recovery_is_booted_when_both_are_broken(
+    machine: Callable[..., Machine], broken_disk: Callable[..., Disk]
+) -> None:
+    """To its login: nothing of what failed before stands in its way."""
+    disk = broken_disk({"active.img": cut(10), "passive.img": zero_superblock})
+
+    report = machine(disk, expect.ACTIVE).boot(limit_s=120)
+
+    assert (report.stage, report.slot, report.state) == ("system", "recovery", "running")
+    assert report.failed_units == []
+    fell_back(report, "recovery", "bytes of it are missing", "no superblock of")
+    assert report.mount("/run/initramfs/cos-state").source == f"/dev/vda{disk.number('recovery')}"
+
+
+def test_recovery_is_booted_without_a_state_partition(
+    machine: Callable[..., Machine], cos_disk: Callable[..., Disk]
+) -> None:
+    disk = cos_disk(without=("state",))
+
+    report = machine(disk, f"{expect.ACTIVE} rd.cos.timeout=8").boot(limit_s=90, until="initramfs")
+
+    assert (report.stage, report.slot) == ("initramfs", "recovery"), report.console[-3000:]
+    assert report.result["mode_booted"] == "recovery"
+    assert "cannot find a filesystem labelled 'COS_STATE'" in report.file("/run/cos/upgrade_failure")
+
+
+ALL = {name: cut(0) for name in ("active.img", "passive.img", "recovery.img", "recovery.squashfs")}
+UPTIME = "cat /proc/uptime"
+
+
+@pytest.mark.parametrize("initramfs", ["systemd", "shell"])
+def test_nothing_can_be_booted(
+    machine: Callable[..., Machine], broken_disk: Callable[..., Disk], initramfs: str
+) -> None:
+    disk = broken_disk(ALL)
+    broken = machine(disk, expect.ACTIVE, initramfs=initramfs, keep_writes=True)
+
+    report = broken.boot(limit_s=90, commands=(UPTIME,))
+
+    expect.stopped(report, 4, "active.img': the file is empty", "recovery.squashfs': the file is empty")
+    assert [failure["mode"] for failure in report.result["failures"]][:3] == [
+        "active",
+        "passive",
+        "recovery",
+    ]
+    assert len(re.findall("^  The boot stops here", report.console, re.MULTILINE)) == 1
+    assert float(report.output(UPTIME).split()[0]) < LIMIT_SEC
+    assert not report.has("/run/cos/upgrade_failure")
+    assert "device: " in report.file("/run/immucore/immucore.log")
+    assert "boot-000001-" in derivative.debugfs(broken.raw(), "ls /immucore", offset=disk.offsets["oem"])
+
+
+def test_no_fallback_is_wanted(machine: Callable[..., Machine], broken_disk: Callable[..., Disk]) -> None:
+    disk = broken_disk({"active.img": cut(99)})
+
+    report = machine(disk, f"{expect.ACTIVE} rd.cos.fallback=off").boot(limit_s=60, commands=(UPTIME,))
+
+    expect.stopped(report, 4, "bytes of it are missing", "hint: boot another slot")
+    assert [failure["mode"] for failure in report.result["failures"]] == ["active"]
+    assert float(report.output(UPTIME).split()[0]) < LIMIT_SEC
+
+
+@pytest.mark.parametrize("initramfs", ["systemd", "shell"])
+def test_the_boot_loader_is_told(
+    machine: Callable[..., Machine], broken_disk: Callable[..., Disk], initramfs: str
+) -> None:
+    """The machine resets, and GRUB finds on OEM what it is to boot, once."""
+    disk = broken_disk({"active.img": cut(99)})
+    cmdline = f"{expect.ACTIVE} rd.cos.fallback=reboot"
+    resetting = machine(disk, cmdline, initramfs=initramfs, keep_writes=True)
+
+    report = resetting.boot(limit_s=60)
+
+    assert report.ended == "guest-reset"
+    assert "the boot loader is to boot its entry 'fallback'" in report.console
+    assert "Switching root" not in report.console
+    block = derivative.debugfs(resetting.raw(), "cat /grubenv", offset=disk.offsets["oem"])
+    assert "next_entry=fallback\n" in block
+    checked = derivative.debugfs(resetting.raw(), "show_super_stats -h", offset=disk.offsets["oem"])
+    assert "needs_recovery" not in checked
+
+
+@pytest.mark.parametrize("initramfs", ["systemd", "shell"])
+@pytest.mark.parametrize("action", ["reboot:3", "halt"])
+def test_what_is_done_about_a_failure(
+    machine: Callable[..., Machine], cos_disk: Callable[..., Disk], initramfs: str, action: str
+) -> None:
+    disk = cos_disk(without=("persistent",))
+    cmdline = f"{expect.ACTIVE.removesuffix(' quiet')} rd.cos.timeout=5 rd.cos.onfail={action}"
+    halted: list[float] = []
+
+    def note(guest: Guest) -> None:
+        halted.append(1.0)
+        guest.cut_power()
+
+    report = machine(disk, cmdline, initramfs=initramfs).boot(
+        limit_s=90, when=[("reboot: System halted", note)]
+    )
+
+    assert "cannot find a filesystem labelled 'COS_PERSISTENT'" in report.console
+    assert "(rd.cos.onfail)" in report.console
+    assert report.stage == "none"  # no shell came up
+    if action == "halt":
+        assert halted
+    else:
+        assert report.ended == "guest-reset"
+        assert "The machine restarts in 3 s" in report.console
+
+
+# What the operator asks for at the boot menu
+
+
+@pytest.mark.parametrize("initramfs", ["systemd", "shell"])
+def test_a_shell_before_a_step(machine: Callable[..., Machine], disk: Disk, initramfs: str) -> None:
+    """Exit, and the boot goes on."""
+    asked = machine(disk, f"{expect.ACTIVE} rd.cos.break=/etc", initramfs=initramfs)
+    look = 'case "$(cat /proc/self/mountinfo)" in *" /sysroot/etc "*) n=1;; *) n=0;; esac; echo etc=$n\n'
+
+    report = asked.boot(
+        limit_s=120,
+        until="initramfs" if initramfs == "systemd" else "system",
+        when=[
+            ("type exit to go on", lambda guest: guest.type_until(look, r"etc=\d")),
+            (r"etc=\d", lambda guest: guest.type_until("exit\n", r"Power down|Power off")),
+        ],
+    )
+
+    assert "etc=0" in report.console
+    assert report.slot == "active"
+    assert report.result["outcome"] == "ok"
+    assert report.mount("/sysroot/etc" if report.stage == "initramfs" else "/etc").fstype == "overlay"
+
+
+def test_safe(machine: Callable[..., Machine], broken_disk: Callable[..., Disk]) -> None:
+    """Neither OEM nor the user's layout nor a volume: the root, and what is writable by default."""
+    nonsense = "RW_PATHS '/etc'\n"
+    disk = broken_disk(
+        {"active.img": lambda image: derivative.write_file(image, "etc/cos/cos-layout.env", nonsense)},
+        oem={"cos-layout.env": nonsense},
+    )
+
+    report = machine(disk, f"{expect.ACTIVE} rd.cos.safe").boot(limit_s=90)
+
+    assert (report.stage, report.slot, report.state) == ("system", "active", "running")
+    assert report.result["outcome"] == "ok"
+    expect.overlaid(report, *expect.RW_PATHS)
+    sources = {mount.source for mount in report.mountinfo}
+    assert f"/dev/vda{disk.number('oem')}" not in sources
+    assert f"/dev/vda{disk.number('persistent')}" not in sources
+
+
+def test_without_the_persistent_volume_on_purpose(
+    machine: Callable[..., Machine], cos_disk: Callable[..., Disk]
+) -> None:
+    disk = cos_disk(without=("persistent",), oem={"cos-layout.env": "PERSISTENT_STATE_PATHS=/home\n"})
+
+    report = machine(disk, f"{expect.ACTIVE} rd.cos.nopersist").boot(
+        limit_s=60, until="initramfs", commands=(UPTIME,)
+    )
+
+    assert (report.stage, report.slot) == ("initramfs", "active"), report.console[-3000:]
+    assert (report.result["outcome"], report.result["waits"]) == ("ok", [])
+    assert report.mount("/sysroot/usr/local").fstype == "overlay"
+    assert report.mount("/sysroot/home").fstype == "overlay"
+    assert float(report.output(UPTIME).split()[0]) < LIMIT_SEC
