@@ -10,6 +10,7 @@ endif
 
 DESTDIR ?=
 SLOT ?= active
+BOOTS ?= 30
 # The distribution's interpreter: the bundle has to fit the glibc of the systems it is installed on.
 PYTHON ?= /usr/bin/python3.11
 
@@ -22,7 +23,7 @@ PACKAGES := $(shell sed 's/:.*//' vm-tests/packages.txt)
 APT_INSTALL := apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-upgrade \
 	--no-install-recommends -o Dpkg::Use-Pty=0
 
-.PHONY: help deps check unit golden freeze install images demo vm-test test fuzz bench clean
+.PHONY: help deps check unit golden freeze install images demo vm-test soak test fuzz bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t16
@@ -80,6 +81,9 @@ fuzz: $(VENV)/.fuzz  ## fuzz what reads the texts from outside (FUZZ_SECONDS=60 
 $(VENV)/.fuzz: $(VENV)/.stamp
 	$(BIN)/pip install --quiet --disable-pip-version-check --only-binary atheris --editable '.[fuzz]'
 	@touch $@
+
+soak: deps freeze  ## the VM tests of what must go well every time, with many boots each (BOOTS=30)
+	$(BIN)/pytest vm-tests -n 2 --dist worksteal -m soak --boots $(BOOTS)
 
 bench: deps freeze  ## measure side by side: start to exit, memory, size, many paths, virtual time in the VM
 	@$(BIN)/python tests/bench/bench.py

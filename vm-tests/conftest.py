@@ -18,6 +18,11 @@ WORK = pytest.StashKey[Path]()
 FAILED = pytest.StashKey[bool]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let `make soak` ask for more boots of what must go well every time."""
+    parser.addoption("--boots", type=int, default=2, help="how often a soak test boots its machine")
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Build what nearly every test needs, in one process, before the workers of pytest -n start."""
     if hasattr(session.config, "workerinput") or session.config.option.collectonly:
@@ -53,6 +58,13 @@ def trixie_disk() -> disks.Disk:
     """Return the ordinary cOS disk of a Debian 13 derivative, built when the first test wants it."""
     derivative.reporting_initramfs("trixie", "systemd")
     return disks.cos_disk(suite="trixie")
+
+
+@pytest.fixture
+def boots(request: pytest.FixtureRequest) -> int:
+    """Return how often a soak test boots its machine."""
+    number: int = request.config.getoption("--boots")
+    return number
 
 
 @pytest.fixture
