@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 BUG = 70
 DEGRADED = "/run/cos/degraded"
+SUMMARY = f"{report.DIRECTORY}/summary"  # told once more above the emergency shell's prompt
 
 
 def finish(boot: Boot, error: ImmucoreError | None) -> int:
@@ -25,6 +26,11 @@ def finish(boot: Boot, error: ImmucoreError | None) -> int:
         )
     status = error.exit_status if error else 0
     _tell(boot, error, reasons)
+    summary = ""
+    if error:
+        from immucore import onfail
+
+        summary = report.summary(error, None, onfail.sentence(boot))
     files: dict[str, str] = {}
     try:
         result = report.result(
@@ -47,7 +53,7 @@ def finish(boot: Boot, error: ImmucoreError | None) -> int:
             done = [step.operation for step in boot.record if step.outcome in SUCCEEDED]
             noted = fstab.utab(done, table, boot.kernel.path, observe.text(fstab.UTAB))
             boot.kernel.write_file(fstab.UTAB, noted)
-        _write(boot, files, reasons)
+        _write(boot, files, reasons, summary)
     except OSError as failure:
         boot.log.error(f"cannot write the record to {report.DIRECTORY}: {failure.strerror}")
         status = status or BUG
@@ -55,10 +61,8 @@ def finish(boot: Boot, error: ImmucoreError | None) -> int:
         from immucore import evidence
 
         evidence.keep(boot, files)
-    if error:
-        from immucore import onfail
-
-        report.to_consoles(report.summary(error, None, onfail.sentence(boot)))
+    if summary:
+        report.to_consoles(summary)
     elif reasons:
         report.to_consoles("immucore: this boot is degraded: " + "; ".join(reasons))
     return status
@@ -95,11 +99,17 @@ def _record(boot: Boot, result: dict[str, object], table: tuple[observe.MountPoi
     }
 
 
-def _write(boot: Boot, files: dict[str, str], reasons: list[str]) -> None:
+def _write(boot: Boot, files: dict[str, str], reasons: list[str], summary: str) -> None:
     """Write the record; its last file says that the others are complete. Raises OSError."""
+    _mark(boot, SUMMARY, [summary] if summary else [])
     for name, content in files.items():
         boot.kernel.write_file(f"{report.DIRECTORY}/{name}", content)
-    if reasons:
-        boot.kernel.write_file(DEGRADED, "".join(f"{reason}\n" for reason in reasons))
+    _mark(boot, DEGRADED, reasons)
+
+
+def _mark(boot: Boot, path: str, lines: list[str]) -> None:
+    """Write a file that is there only if it has something to say."""
+    if lines:
+        boot.kernel.write_file(path, "".join(f"{line}\n" for line in lines))
     else:
-        boot.kernel.remove_file(DEGRADED)
+        boot.kernel.remove_file(path)

@@ -51,7 +51,7 @@ class Machine:
 
     Writes to the disks are thrown away at the end of each boot, unless `keep_writes`; then the next boot
     of this machine sees them. `initramfs` is a variant of derivative.VARIANTS, `initramfs_files` are added
-    to it.
+    to it. With a `screen` the machine has a tty1 too.
     """
 
     numbers = itertools.count(1)
@@ -67,6 +67,7 @@ class Machine:
         extra_disks: Sequence[Path] = (),
         with_disk: bool = True,
         keep_writes: bool = False,
+        screen: bool = False,
         work: Path | None = None,
     ) -> None:
         self.disk = disk
@@ -76,6 +77,7 @@ class Machine:
         self.initramfs_files = initramfs_files or {}
         self.disks = [*([disk.path] if with_disk else []), *extra_disks]
         self.keep_writes = keep_writes
+        self.screen = screen
         self.work = (work or CACHE / "run") / f"machine.{os.getpid()}.{next(self.numbers)}"
         self.work.mkdir(parents=True)
         self.boots = 0
@@ -144,6 +146,8 @@ class Machine:
         arguments = [*QEMU.split(), "-smp", "1", "-m", str(self.memory_mib)]
         arguments += ["-kernel", str(derivative.kernel(self.disk.suite)), "-initrd", str(initrd)]
         arguments += ["-append", f"{CMDLINE} {cmdline}"]
+        if self.screen:
+            arguments += ["-device", "VGA"]
         for number, path in enumerate(self.disks):
             # Where writes are kept a flush is one: after a power cut qcow2's tables have to fit the data.
             cache = "writeback" if self.keep_writes else "unsafe"

@@ -77,6 +77,12 @@ class Report:
         return dict(json.loads(self.text("run/immucore/result.json") or "{}"))
 
     @property
+    def screen(self) -> str:
+        """What was on tty1: 80 columns."""
+        cells = self.text("screen")
+        return "\n".join(cells[start : start + 80].rstrip() for start in range(0, len(cells), 80)).rstrip()
+
+    @property
     def slot(self) -> str:
         """Which image the root comes from."""
         return self.text("slot").strip()

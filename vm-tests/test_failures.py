@@ -193,6 +193,9 @@ ExecStart=/bin/umount /sysroot/usr/local
 
     assert report.stage == "initramfs"
     assert "/sysroot/usr/local, which immucore mounted, is no longer mounted" in report.console
+    told = "immucore-guard: /sysroot/usr/local, which immucore mounted, is no longer mounted"
+    assert report.file("/run/immucore/summary").startswith(told)
+    assert report.console.count(told) == 2  # at once, and above the prompt
     assert "Switching root" not in report.console
 
 

@@ -89,6 +89,11 @@ install() {
     ln -sfn ../lib/immucore/immucore "$initdir/usr/bin/immucore"
     inst_script "$moddir/immucore-guard" "$guard" || exit 1
     inst_script "$moddir/immucore-generator" "$generator" || exit 1
+    inst_script "$moddir/immucore-last-words" "$_bundle/immucore-last-words" || exit 1
+    # Read before the prompt of an emergency shell, by dracut-emergency or by the login shell itself where there is no systemd.
+    inst_dir /etc
+    # shellcheck disable=SC2016 # to be expanded in the initramfs
+    echo 'case $-:$DRACUT_SYSTEMD in *i*:1) ;; *)' "$_bundle/immucore-last-words ;; esac" >> "$initdir/etc/profile"
     # Every boot waits for these two, and dash takes half of bash's time, which dracut 059 makes /bin/sh even on Debian.
     if dash=$(find_binary dash) && inst "$dash"; then
         sed -i "1s,.*,#!$dash," "$initdir$guard" "$initdir$generator"

@@ -112,7 +112,11 @@ def check_fstab(machine: Machine) -> None:
 def check_failed(machine: Machine, boot: Boot, status: int, message: str, hint: str) -> None:
     """Check everything that holds for every failed boot."""
     assert boot.status == status
-    assert FILES | {"devices.json"} <= set(boot.files) <= FILES | {"devices.json", "evidence"}
+    assert (
+        FILES | {"devices.json", "summary"}
+        <= set(boot.files)
+        <= FILES | {"devices.json", "summary", "evidence"}
+    )
     assert boot.result["outcome"] == "failed"
     assert boot.result["exit_status"] == status
     assert boot.result["mode_booted"] == ""

@@ -27,6 +27,7 @@ cd $work/answer || exit 1
 tar -xf "$disk" -C $work
 
 echo "$stage" > stage
+cat /dev/vcs1 > screen 2> screen.err # what a person sees on tty1, where the machine has a screen
 [ "$stage" != system ] || timeout 30 systemctl is-system-running --wait > is-system-running 2>&1
 
 for command in ../commands/*; do
