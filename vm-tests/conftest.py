@@ -23,6 +23,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--boots", type=int, default=2, help="how often a soak test boots its machine")
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that takes `boot`, the number of the boot, so many times: `pytest -m soak`."""
+    if "boot" in metafunc.fixturenames:
+        boots = [
+            pytest.param(number, marks=pytest.mark.soak, id=f"boot{number}")
+            for number in range(metafunc.config.getoption("--boots"))
+        ]
+        metafunc.parametrize("boot", boots)
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Build what nearly every test needs, in one process, before the workers of pytest -n start."""
     if hasattr(session.config, "workerinput") or session.config.option.collectonly:

@@ -34,13 +34,28 @@ MIRROR = "http://deb.debian.org/debian"
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 SUITES = ("bookworm", "trixie")
 PACKAGES = """
-systemd systemd-sysv udev linux-image-cloud-amd64 dracut kmod e2fsprogs util-linux mount login passwd attr
-dmsetup
+systemd systemd-sysv udev dracut kmod e2fsprogs util-linux mount login passwd attr dmsetup
 """
+# A derivative of another flavour is <suite>-<flavour>: `stacks` has what assembles LUKS, LVM and md, and a
+# kernel that knows USB.
+FLAVOURS = {
+    "": "linux-image-cloud-amd64",
+    "stacks": (
+        "linux-image-amd64 cryptsetup-bin lvm2 mdadm libtss2-esys-3.0.2-0 libtss2-rc0 libtss2-tcti-device0"
+    ),
+}
 # Never unpacked: nothing in a boot reads them, and dpkg and mke2fs take their time over them.
 EXCLUDED = (
     "/usr/share/doc/* /usr/share/man/* /usr/share/info/* /usr/share/locale/* /usr/share/lintian/*"
     " /usr/share/bash-completion/* /usr/share/zsh/* /lib/udev/hwdb.d/* /usr/lib/udev/hwdb.d/*"
+)
+# Nor these drivers, nine tenths of the kernel that is not made for clouds.
+EXCLUDED_DRIVERS = " ".join(
+    f"/lib/modules/*/kernel/{directory}/*"
+    for directory in (
+        *("sound", "net", "drivers/accel", "drivers/gpu", "drivers/iio", "drivers/infiniband"),
+        *("drivers/isdn", "drivers/media", "drivers/net", "drivers/staging", "drivers/video"),
+    )
 )
 
 
@@ -138,20 +153,23 @@ def remove(path: Path) -> None:
 
 def base(suite: str) -> Path:
     """Return a minimal Debian root with systemd, kernel and dracut, as the packages leave it."""
-    debs = PROJECT / "build" / "debs" / suite
+    release, _, flavour = suite.partition("-")
+    packages = f"{PACKAGES} {FLAVOURS[flavour]}".split()
+    excluded = f"{EXCLUDED} {EXCLUDED_DRIVERS if flavour else ''}".split()
+    debs = PROJECT / "build" / "debs" / release
     command = [
         "mmdebstrap",
         "--mode=root",
         "--variant=essential",
-        f"--include={','.join(PACKAGES.split())}",
+        f"--include={','.join(packages)}",
         f"--keyring={KEYRING}",
         "--dpkgopt=force-unsafe-io",
-        *(f"--dpkgopt=path-exclude={pattern}" for pattern in EXCLUDED.split()),
+        *(f"--dpkgopt=path-exclude={pattern}" for pattern in excluded),
         '--setup-hook=mkdir -p "$1/var/cache/apt/archives"',
         f"--setup-hook=sync-in {debs} /var/cache/apt/archives",
         f"--customize-hook=sync-out /var/cache/apt/archives {debs}",
         "--skip=download/empty,essential/unlink",
-        suite,
+        release,
     ]
 
     def make(target: Path) -> None:
@@ -252,6 +270,7 @@ CODE = digest(Path(__file__))
 
 # What the machine has; the rest our module's installkernel must ask for.
 DRIVERS = "virtio_pci virtio_blk virtio_rng"
+STACKS_DRIVERS = "xhci_pci usb_storage sd_mod"
 VARIANTS = ("systemd", "shell", "plain")
 
 
@@ -275,7 +294,8 @@ def initramfs(suite: str, variant: str = "systemd") -> Path:
         "shell": ["--add", "immucore", "--omit", " ".join(with_systemd)],
         "plain": ["--omit", "immucore"],
     }[variant]
-    dracut = ["dracut", "--force", "--no-hostonly", "--no-compress", "--drivers", DRIVERS, *selection]
+    drivers = f"{DRIVERS} {STACKS_DRIVERS}" if suite.endswith("-stacks") else DRIVERS
+    dracut = ["dracut", "--force", "--no-hostonly", "--no-compress", "--drivers", drivers, *selection]
     dracut += ["--kver", version, "/mnt/initramfs"]
 
     def make(target: Path) -> None:

@@ -5,6 +5,7 @@ report = Machine(disk, "root=LABEL=COS_STATE cos-img/filename=/cOS/active.img").
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import io
 import itertools
@@ -12,12 +13,14 @@ import json
 import os
 import re
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import tarfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +49,24 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 Action = Callable[["Guest"], None]
 
 
+@dataclass(frozen=True)
+class Extra:
+    """Another disk of a machine, and how it is attached."""
+
+    path: Path
+    serial: str
+    bus: str = "virtio"  # or usb: a stick
+    first: bool = False  # on the bus before the machine's own disk
+    paths: int = 1  # the same disk so many times
+
+
 class Machine:
     """A computer with a disk and a kernel command line. Every boot of it is a new process.
 
     Writes to the disks are thrown away at the end of each boot, unless `keep_writes`; then the next boot
     of this machine sees them. `initramfs` is a variant of derivative.VARIANTS, `initramfs_files` are added
-    to it. With a `screen` the machine has a tty1 too.
+    to it. `disk_paths` attaches the disk more than once, `tpm` is the state of a TPM 2.0, written to only
+    with `keep_writes`. With a `screen` the machine has a tty1 too.
     """
 
     numbers = itertools.count(1)
@@ -64,8 +79,10 @@ class Machine:
         memory_mib: int = 1024,
         initramfs: str = "systemd",
         initramfs_files: Mapping[str, Path | str | bytes] | None = None,
-        extra_disks: Sequence[Path] = (),
+        extra_disks: Sequence[Path | Extra] = (),
         with_disk: bool = True,
+        disk_paths: int = 1,
+        tpm: Path | None = None,
         keep_writes: bool = False,
         screen: bool = False,
         work: Path | None = None,
@@ -75,7 +92,13 @@ class Machine:
         self.memory_mib = memory_mib
         self.initramfs = initramfs
         self.initramfs_files = initramfs_files or {}
-        self.disks = [*([disk.path] if with_disk else []), *extra_disks]
+        own = [Extra(disk.path, "disk0", paths=disk_paths)] if with_disk else []
+        extra = [
+            each if isinstance(each, Extra) else Extra(each, f"disk{number}")
+            for number, each in enumerate(extra_disks, len(own))
+        ]
+        self.disks = [*(e for e in extra if e.first), *own, *(e for e in extra if not e.first)]
+        self.tpm = tpm
         self.keep_writes = keep_writes
         self.screen = screen
         self.work = (work or CACHE / "run") / f"machine.{os.getpid()}.{next(self.numbers)}"
@@ -120,9 +143,14 @@ class Machine:
             arguments += ["-accel", "tcg,tb-size=512"]
         else:
             arguments += ["-accel", "tcg,tb-size=512,thread=single", "-icount", f"shift={icount_shift}"]
+        if when:
+            arguments += ["-device", "qemu-xhci,id=usb"] if "usb.0" not in " ".join(arguments) else []
         for port in range(2 if when else 0):
             arguments += ["-device", f"pcie-root-port,id=port{port},chassis={port + 1}"]
-        with Guest(self.work / f"console.{self.boots}", arguments) as guest:
+        with contextlib.ExitStack() as stack:
+            if self.tpm:
+                arguments += stack.enter_context(self.security_chip(self.tpm))
+            guest = stack.enter_context(Guest(self.work / f"console.{self.boots}", arguments))
             ended, seconds = guest.run(limit_s, when)
         report = Report(guest.console, ended, seconds, tuple(commands), read_answer(request))
         if self.initramfs_files:
@@ -148,11 +176,36 @@ class Machine:
         arguments += ["-append", f"{CMDLINE} {cmdline}"]
         if self.screen:
             arguments += ["-device", "VGA"]
-        for number, path in enumerate(self.disks):
+        if any(each.bus == "usb" for each in self.disks):
+            arguments += ["-device", "qemu-xhci,id=usb"]
+        for each in self.disks:
             # Where writes are kept a flush is one: after a power cut qcow2's tables have to fit the data.
             cache = "writeback" if self.keep_writes else "unsafe"
-            arguments += drive(self.overlay(path, f"disk{number}"), f"disk{number}", "qcow2", cache)
+            overlay = self.overlay(each.path, each.serial)
+            arguments += drive(overlay, each.serial, "qcow2", cache, bus=each.bus, paths=each.paths)
         return arguments
+
+    @contextlib.contextmanager
+    def security_chip(self, state: Path) -> Iterator[list[str]]:
+        """Run a TPM beside a boot; QEMU's arguments for it."""
+        if not self.keep_writes:
+            state = Path(shutil.copytree(state, self.work / f"tpm.{self.boots}"))
+        control = self.work / "tpm.socket"
+        words = ["swtpm", "socket", "--tpm2", "--tpmstate", f"dir={state}", "--terminate"]
+        process = subprocess.Popen([*words, "--ctrl", f"type=unixio,path={control}"])
+        try:
+            while not control.exists():
+                if process.poll() is not None:
+                    raise RuntimeError(f"swtpm ended with {process.returncode}")
+                time.sleep(0.01)
+            yield [
+                *("-chardev", f"socket,id=tpm,path={control}"),
+                *("-tpmdev", "emulator,id=tpm0,chardev=tpm", "-device", "tpm-tis,tpmdev=tpm0"),
+            ]
+        finally:
+            process.terminate()
+            process.wait()
+            control.unlink(missing_ok=True)
 
     def overlay(self, path: Path, name: str) -> Path:
         """Return a file that takes the writes to a disk: a new one, or the last boot's."""
@@ -163,19 +216,24 @@ class Machine:
 
     def raw(self, number: int = 0) -> Path:
         """Return a disk with what the boots wrote, as a raw file: for e2fsck, debugfs."""
-        raw = self.work / f"disk{number}.raw"
-        run("qemu-img", "convert", "-O", "raw", self.work / f"disk{number}.qcow2", raw)
+        name = self.disks[number].serial
+        raw = self.work / f"{name}.raw"
+        run("qemu-img", "convert", "-O", "raw", self.work / f"{name}.qcow2", raw)
         return raw
 
 
-def drive(path: Path, serial: str, form: str, cache: str = "unsafe") -> list[str]:
-    """Return the arguments for a virtio disk."""
-    return [
-        "-drive",
-        f"if=none,id={serial},file={path},format={form},cache={cache},discard=unmap",
-        "-device",
-        f"virtio-blk-pci,drive={serial},serial={serial}",
-    ]
+def drive(
+    path: Path, serial: str, form: str, cache: str = "unsafe", *, bus: str = "virtio", paths: int = 1
+) -> list[str]:
+    """Return the arguments for a disk, attached as often as it has `paths`."""
+    if paths == 1:
+        disk = ["-drive", f"if=none,id={serial},file={path},format={form},cache={cache},discard=unmap"]
+        return [*disk, "-device", f"{DEVICES[bus]},drive={serial},serial={serial}"]
+    disk = ["-blockdev", f"node-name={serial},driver={form},file.driver=file,file.filename={path}"]
+    return disk + paths * ["-device", f"{DEVICES[bus]},drive={serial},serial={serial},share-rw=on"]
+
+
+DEVICES = {"virtio": "virtio-blk-pci", "usb": "usb-storage,bus=usb.0,removable=on"}
 
 
 def write_request(path: Path, commands: Sequence[str], files: Sequence[str], poweroff: str) -> None:
@@ -302,15 +360,18 @@ class Guest:
         """Send a command to QEMU; a refusal raises when it is read."""
         self.monitor.sendall(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
 
-    def plug(self, path: Path, serial: str = "late") -> None:
-        """Hot-plug a raw disk; what the machine writes to it is thrown away."""
+    def plug(self, path: Path, serial: str = "late", *, bus: str = "virtio") -> None:
+        """Hot-plug a raw disk, or, where `bus` is usb, a stick; what is written to it is thrown away."""
         overlay = Path(self.log.name).with_name(f"{serial}.qcow2")
         run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", path.resolve(), overlay)
         file: dict[str, Any] = {"driver": "file", "filename": str(overlay)}
         self.qmp("blockdev-add", **{"node-name": serial, "driver": "qcow2", "file": file})
-        device = {"driver": "virtio-blk-pci", "id": serial, "drive": serial, "serial": serial}
-        self.qmp("device_add", **device, bus=f"port{self.plugged}")
-        self.plugged += 1
+        device: dict[str, Any] = {"id": serial, "drive": serial, "serial": serial}
+        if bus == "usb":
+            self.qmp("device_add", driver="usb-storage", bus="usb.0", removable=True, **device)
+        else:
+            self.qmp("device_add", driver="virtio-blk-pci", bus=f"port{self.plugged}", **device)
+            self.plugged += 1
 
     def type(self, text: str) -> None:
         """Type on the serial console."""

@@ -75,6 +75,8 @@ _install_tpm2() {
     for library in esys mu rc sys tctildr tcti-device; do
         inst_libdir_file "libtss2-$library.so.*"
     done
+    # systemd asks through this plug-in of libcryptsetup, where libcryptsetup has plug-ins, and then through nothing else.
+    inst_libdir_file "cryptsetup/libcryptsetup-token-systemd-tpm2.so"
     inst_rules 60-tpm-udev.rules
 }
 

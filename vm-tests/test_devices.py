@@ -1,0 +1,314 @@
+"""Of several devices that could be meant the right one is mounted; what it is inside of is assembled.
+
+The racy ones boot `--boots` times (`make soak`: 30), each with the disks in another order or one of them
+held up.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import disk as disks
+import expect
+import pytest
+import stacks
+from disk import Disk, Partition, make_disk
+from machine import Extra, Guest, Machine
+from report import Report
+
+OWN = "disk0"  # the serial of the machine's own disk
+PLACES = {"/run/initramfs/cos-state": "state", "/sysroot/oem": "oem", "/sysroot/usr/local": "persistent"}
+# udev has forgotten everything by the end of the initramfs.
+IDENTIFY = """
+while read -r _ _ number _ target _; do
+    serial=-
+    for file in /sys/dev/block/$number/serial /sys/dev/block/$number/../serial; do
+        [ ! -e $file ] || read -r serial < $file
+    done
+    case $number in
+        0:*) ;;
+        *) echo "$target $(blkid -p -s UUID -o value $(readlink -f /dev/block/$number)) $serial" ;;
+    esac
+done < /proc/self/mountinfo
+"""
+MDSTAT = "cat /proc/mdstat"
+SLOW = 'ACTION=="add", SUBSYSTEM=="block", {match}, PROGRAM="/bin/sleep {seconds}"\n'
+
+
+def held_up(match: str, boot: int) -> dict[str, str]:
+    """Return the files of an initramfs in which udev is slow with some disks, each boot differently."""
+    rule = SLOW.format(match=match, seconds=0.2 + boot % 5 * 0.4)
+    return {"etc/udev/rules.d/01-slow.rules": rule}
+
+
+def shuffled(boot: int, other: str) -> tuple[bool, dict[str, str]]:
+    """Say whether the other disk comes first on the bus, and make udev slow with one of the two, or none."""
+    slow = (None, OWN, other)[boot // 2 % 3]
+    return boot % 2 == 1, held_up(f'ATTRS{{serial}}=="{slow}"', boot) if slow else {}
+
+
+def foreign(work: Path, label: str) -> Disk:
+    """Make a disk with one partition that has the name of one of the machine's own."""
+    name = label.removeprefix("COS_").lower()
+    return make_disk(work / "foreign.raw", "bookworm", (Partition(f"old-{name}", label, 16),))
+
+
+def booted(machine: Machine, *commands: str, **options: Any) -> Report:
+    """Boot to the end of the initramfs, which must be a good one."""
+    report = machine.boot(limit_s=120, until="initramfs", commands=(IDENTIFY, *commands), **options)
+    assert report.stage == "initramfs", report.console[-3000:]
+    assert report.result.get("outcome") == "ok", report.console[-3000:]
+    return report
+
+
+def mounted(report: Report, target: str) -> tuple[str, str]:
+    """Return the UUID of what is mounted on a path, and the serial of its disk; - for a mapping."""
+    lines = [line.split(" ") for line in report.output(IDENTIFY).splitlines()]
+    found = [(uuid, serial) for where, uuid, serial in lines if where == target]
+    return found[-1]
+
+
+def is_own(report: Report, disk: Disk, *places: str) -> None:
+    """Everything is mounted from the machine's own disk, and from the right partition of it."""
+    for target in places or PLACES:
+        assert mounted(report, target) == (disk.partition(PLACES[target]).uuid, OWN), target
+
+
+def inside(report: Report, number: int, serial: str = "-") -> None:
+    """Persistent is what is inside of a stack, never the stack."""
+    assert mounted(report, "/sysroot/usr/local") == (stacks.INNER_UUID.format(number), serial)
+    assert report.mount("/sysroot/usr/local").writable
+
+
+@pytest.fixture(scope="session")
+def images() -> Mapping[str, Path]:
+    """Return the stacks, made when the first test wants them."""
+    return stacks.images()
+
+
+@pytest.fixture(scope="session")
+def usb_disk() -> Disk:
+    """Return the ordinary disk of the derivative whose kernel knows USB."""
+    return disks.cos_disk(suite=stacks.SUITE)
+
+
+def stacked_disk(image: Path | None, name: str = "persistent") -> Disk:
+    """Return a cOS disk in which a stack takes the place of the persistent partition; none with no image."""
+    extra = (Partition(name, "", image=image),) if image else ()
+    return disks.cos_disk(suite=stacks.SUITE, without=("persistent",), extra=extra)
+
+
+# The same label on a second disk
+
+
+@pytest.mark.parametrize("label", ["COS_OEM", "COS_PERSISTENT"])
+def test_label_on_a_second_disk(
+    machine: Callable[..., Machine], disk: Disk, work: Path, label: str, boot: int
+) -> None:
+    first, files = shuffled(boot, "foreign")
+    extra = Extra(foreign(work, label).path, "foreign", first=first)
+
+    report = booted(machine(disk, expect.ACTIVE, extra_disks=[extra], initramfs_files=files))
+
+    is_own(report, disk)
+
+
+def test_state_label_on_a_second_disk_is_refused(
+    machine: Callable[..., Machine], disk: Disk, work: Path, boot: int
+) -> None:
+    """Nobody says which disk was booted from: no choice by chance."""
+    first, files = shuffled(boot, "foreign")
+    extra = Extra(foreign(work, "COS_STATE").path, "foreign", first=first)
+
+    report = machine(disk, expect.ACTIVE, extra_disks=[extra], initramfs_files=files).boot(limit_s=120)
+
+    expect.stopped(report, 3, "cannot choose a filesystem labelled 'COS_STATE': 2 devices have it")
+    for words in (OWN, "foreign", disk.partition("state").uuid):
+        assert words in report.console
+
+
+@pytest.mark.parametrize("spelling", [f"/dev/disk/by-id/virtio-{OWN}", "PARTUUID={}"])
+def test_boot_disk_decides_among_state_labels(
+    machine: Callable[..., Machine], disk: Disk, work: Path, spelling: str, boot: int
+) -> None:
+    first, files = shuffled(boot, "foreign")
+    extra = Extra(foreign(work, "COS_STATE").path, "foreign", first=first)
+    bootdisk = f"rd.cos.bootdisk={spelling.format(disk.partition('efi').partuuid)}"
+
+    report = booted(machine(disk, f"{expect.ACTIVE} {bootdisk}", extra_disks=[extra], initramfs_files=files))
+
+    is_own(report, disk)
+
+
+def test_whole_disk_copied(machine: Callable[..., Machine], disk: Disk, boot: int) -> None:
+    """Every UUID is there twice; only the disk that was booted from can tell."""
+    first, files = shuffled(boot, "copy")
+    extra = Extra(disk.path, "copy", first=first)
+    cmdline = f"{expect.ACTIVE} rd.cos.bootdisk=/dev/disk/by-id/virtio-{OWN}"
+
+    report = booted(machine(disk, cmdline, extra_disks=[extra], initramfs_files=files))
+
+    is_own(report, disk)
+
+
+# USB
+
+
+@pytest.mark.parametrize(
+    ("moment", "label"),
+    [*itertools.product(("before", "during", "after"), ("COS_OEM", "COS_PERSISTENT", "COS_STATE"))],
+)
+def test_label_on_a_usb_stick(  # noqa: PLR0917 - fixtures, by their names
+    machine: Callable[..., Machine], usb_disk: Disk, work: Path, label: str, moment: str, boot: int
+) -> None:
+    """Plugged before the boot, in it before the machine's own disk is there, or in it after that."""
+    stick = foreign(work, label).path
+    first, files = shuffled(boot, "stick")
+    early, late = 2 + boot % 4 * 0.7, 6 + boot % 3 * 1.5
+
+    def plug_stick(guest: Guest) -> None:
+        guest.plug(stick, "stick", bus="usb")
+
+    def plug_disk(guest: Guest) -> None:
+        guest.plug(usb_disk.path, OWN)
+
+    if moment == "before":
+        extra = Extra(stick, "stick", bus="usb", first=first)
+        report = booted(machine(usb_disk, expect.ACTIVE, extra_disks=[extra], initramfs_files=files))
+    elif moment == "during":
+        without = machine(usb_disk, expect.ACTIVE, with_disk=False, initramfs_files=files)
+        report = booted(without, when=[(early, plug_stick), (late, plug_disk)])
+    else:
+        report = booted(machine(usb_disk, expect.ACTIVE, initramfs_files=files), when=[(early, plug_stick)])
+
+    is_own(report, usb_disk)
+
+
+def test_usb_stick_does_not_configure_a_machine_without_oem(
+    machine: Callable[..., Machine], work: Path, boot: int
+) -> None:
+    own = disks.cos_disk(suite=stacks.SUITE, without=("oem",))
+    stick = make_disk(
+        work / "stick.raw",
+        own.suite,
+        (Partition("oem", "COS_OEM", 16, {"cos-layout.env": "RW_PATHS=/srv\n"}),),
+    )
+    first, files = shuffled(boot, "stick")
+    extra = Extra(stick.path, "stick", bus="usb", first=first)
+
+    report = machine(own, expect.ACTIVE, extra_disks=[extra], initramfs_files=files).boot(
+        limit_s=120, until="initramfs", commands=(IDENTIFY,)
+    )
+
+    assert report.result["outcome"] == "degraded"
+    is_own(report, own, "/run/initramfs/cos-state", "/sysroot/usr/local")
+    assert report.mount("/sysroot/etc").fstype == "overlay"
+    with pytest.raises(KeyError, match="/sysroot/oem"):
+        report.mount("/sysroot/oem")
+
+
+# LUKS
+
+
+def key_file(number: int) -> dict[str, str]:
+    """Return the files of an initramfs that has the key to a container."""
+    return {f"etc/cryptsetup-keys.d/luks-{stacks.LUKS_UUID.format(number)}.key": stacks.PASSPHRASE}
+
+
+def is_unlocked(report: Report, number: int) -> None:
+    """Persistent is inside of a container, and the booted system will find it there."""
+    inside(report, number)
+    mapping = f"/dev/mapper/luks-{stacks.LUKS_UUID.format(number)}"
+    assert report.mount("/sysroot/usr/local").source == mapping
+    assert f"{mapping} /usr/local " in " ".join(report.fstab.split())
+    is_own(report, disks.cos_disk(suite=stacks.SUITE), "/run/initramfs/cos-state", "/sysroot/oem")
+
+
+@pytest.mark.parametrize(("name", "number"), [("luks", 1), ("luks-suffixed", 2), ("luks-silent", 3)])
+def test_luks_with_a_key_file(
+    machine: Callable[..., Machine], images: Mapping[str, Path], name: str, number: int, boot: int
+) -> None:
+    """The container has the label of what is inside, or its own, or none: it is never mounted itself."""
+    files = {**key_file(number), **held_up('KERNEL=="dm-*|vda5"', boot)}
+
+    report = booted(machine(stacked_disk(images[name]), expect.ACTIVE, initramfs_files=files))
+
+    is_unlocked(report, number)
+    assert "assphrase" not in report.console
+
+
+def test_luks_with_a_passphrase(machine: Callable[..., Machine], images: Mapping[str, Path]) -> None:
+    typed = [("enter passphrase", lambda guest: guest.type(f"{stacks.PASSPHRASE}\n"))]
+
+    report = booted(machine(stacked_disk(images["luks"]), expect.ACTIVE), when=typed)
+
+    is_unlocked(report, 1)
+    assert any("with a passphrase" in line for line in report.messages("immucore.service"))
+
+
+def test_luks_that_nobody_wants_stays_locked(
+    machine: Callable[..., Machine], images: Mapping[str, Path]
+) -> None:
+    """OEM is missing; somebody's data is in a container with a name of its own."""
+    data = Partition("data", "", image=images["luks-other"])
+    own = disks.cos_disk(suite=stacks.SUITE, without=("oem",), extra=(data,))
+
+    report = machine(own, expect.ACTIVE, initramfs_files=key_file(4)).boot(limit_s=120, until="initramfs")
+
+    assert report.result["outcome"] == "degraded"
+    assert not any("unlock" in line for line in report.messages("immucore.service"))
+    assert "assphrase" not in report.console
+
+
+# md, LVM, whole disks
+
+
+@pytest.mark.parametrize("number", [6, 7], ids=["metadata 1.0", "metadata 1.2"])
+def test_md_array_and_not_its_leg(
+    machine: Callable[..., Machine], images: Mapping[str, Path], number: int, boot: int
+) -> None:
+    """With metadata 1.0 the file system begins where the leg does."""
+    own = stacked_disk(images[f"md{number}-a"])
+    first, files = shuffled(boot, "leg")
+    leg = Extra(images[f"md{number}-b"], "leg", first=first)
+
+    report = booted(machine(own, expect.ACTIVE, extra_disks=[leg], initramfs_files=files), MDSTAT)
+
+    inside(report, number)
+    assert report.mount("/sysroot/usr/local").source.startswith("/dev/md")
+    assert "[UU]" in report.output(MDSTAT)
+
+
+def test_md_degraded(machine: Callable[..., Machine], images: Mapping[str, Path]) -> None:
+    own = machine(stacked_disk(images["md6-a"]), f"{expect.ACTIVE} rd.cos.timeout=40")
+
+    report = booted(own, MDSTAT)
+
+    inside(report, 6)
+    assert report.mount("/sysroot/usr/local").source.startswith("/dev/md")
+    assert "[U_]" in report.output(MDSTAT)
+    lines = report.messages("immucore.service")
+    assert "start arrays that lack a member, degraded" in lines
+
+
+def test_lvm(machine: Callable[..., Machine], images: Mapping[str, Path], boot: int) -> None:
+    files = held_up('KERNEL=="dm-*"', boot)
+
+    report = booted(machine(stacked_disk(images["pv"]), expect.ACTIVE, initramfs_files=files))
+
+    inside(report, 8)
+    assert report.mount("/sysroot/usr/local").source == "/dev/mapper/cos-persistent"
+
+
+def test_whole_disk_without_a_partition_table(
+    machine: Callable[..., Machine], images: Mapping[str, Path], boot: int
+) -> None:
+    first, files = shuffled(boot, "whole")
+    whole = Extra(images["whole"], "whole", first=first)
+
+    report = booted(machine(stacked_disk(None), expect.ACTIVE, extra_disks=[whole], initramfs_files=files))
+
+    inside(report, 9, "whole")
