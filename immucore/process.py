@@ -6,9 +6,12 @@ and a child would load ours instead of the system's.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
 import subprocess
+import termios
 import time
 
 from immucore.values import Record
@@ -125,9 +128,20 @@ class Child:
         return self._result(self._child.returncode)
 
 
-def shell(console: str = "/dev/console") -> None:
-    """Run an interactive shell on a console until it is left. Raises OSError."""
-    terminal = os.open(console, os.O_RDWR)  # without O_NOCTTY: the shell's session gets it, and job control
+def shell(consoles: str = "/sys/class/tty/console/active") -> None:
+    """Run an interactive shell on the console until it is left. Raises OSError.
+
+    On the device that /dev/console is, the last of console=: only that can be a controlling terminal, which
+    job control and Ctrl-C need.
+    """
+    with open(consoles, encoding="ascii") as file:
+        name = (file.read().split() or ["console"])[-1]
+    terminal = os.open(f"/dev/{name}", os.O_RDWR | os.O_NOCTTY)
+
+    def take_terminal() -> None:
+        with contextlib.suppress(OSError):  # somebody else's: the shell does without
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
     try:
         subprocess.run(
             ["/bin/sh", "-i"],
@@ -136,6 +150,7 @@ def shell(console: str = "/dev/console") -> None:
             stderr=terminal,
             env={**ENVIRONMENT, "HOME": "/root"},
             start_new_session=True,
+            preexec_fn=take_terminal,
             check=False,
         )
     finally:
