@@ -227,6 +227,8 @@ class Devices(Record):
             for device in claimants:
                 if device.path not in refused and not device.is_on(home):
                     why = _foreign(device, home_only and bool(home), locked)
+                    if spec in dict(self.broken):  # old data of another disk would be taken for the lost one
+                        why = why or "what has the name on the system's disk is damaged"
                     refused.update({device.path: why} if why else {})
         left = [device for device in claimants if device.path not in refused]
         for why, better in (

@@ -179,6 +179,16 @@ def test_a_locked_one_at_home_is_not_replaced_by_another_disks() -> None:
     assert Devices(all=(STATE, locked, on("vdb", 1), opened)).find("LABEL=DATA", near=STATE) == opened
 
 
+def test_a_damaged_one_at_home_is_not_replaced_by_another_disks() -> None:
+    state, old = on("/dev/vda", 4, "COS_STATE"), on("/dev/vdb", 1)
+    damaged = Devices(
+        all=(state, old), broken=(("LABEL=DATA", "cannot repair '/dev/vda5': too much is lost"),)
+    )
+    with pytest.raises(DeviceError, match="cannot repair '/dev/vda5': too much is lost"):
+        damaged.find("LABEL=DATA", near=state)
+    assert damaged.replace(broken=()).find("LABEL=DATA", near=state) == old
+
+
 @pytest.mark.parametrize("spec", ["LABEL=DATA", "UUID=same"])
 def test_of_several_the_one_on_the_disk_that_is_booted(spec: str) -> None:
     same = {"uuid": "same"}
