@@ -180,7 +180,7 @@ def test_a_locked_one_at_home_is_not_replaced_by_another_disks() -> None:
 
 
 def test_a_damaged_one_at_home_is_not_replaced_by_another_disks() -> None:
-    state, old = on("/dev/vda", 4, "COS_STATE"), on("/dev/vdb", 1)
+    state, old = STATE, on("vdb", 1)
     damaged = Devices(
         all=(state, old), broken=(("LABEL=DATA", "cannot repair '/dev/vda5': too much is lost"),)
     )
