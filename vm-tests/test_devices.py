@@ -154,6 +154,16 @@ def test_whole_disk_copied(machine: Callable[..., Machine], disk: Disk, boot: in
     is_own(report, disk)
 
 
+def test_two_paths_to_one_disk(machine: Callable[..., Machine], disk: Disk, boot: int) -> None:
+    """One serial, two devices: one thing, and one path to all of it."""
+    files = held_up(f'KERNEL=="vd{"ab"[boot % 2]}*"', boot)
+
+    report = booted(machine(disk, expect.ACTIVE, disk_paths=2, initramfs_files=files))
+
+    is_own(report, disk)
+    assert len({report.mount(target).source[: len("/dev/vda")] for target in PLACES}) == 1
+
+
 # USB
 
 
@@ -247,6 +257,16 @@ def test_luks_with_a_passphrase(machine: Callable[..., Machine], images: Mapping
 
     is_unlocked(report, 1)
     assert any("with a passphrase" in line for line in report.messages("immucore.service"))
+
+
+def test_luks_with_a_tpm(machine: Callable[..., Machine], images: Mapping[str, Path]) -> None:
+    own = stacked_disk(images["luks-tpm"])
+
+    report = booted(machine(own, expect.ACTIVE, tpm=images["tpm"]))
+
+    is_unlocked(report, 5)
+    assert "assphrase" not in report.console
+    assert any("with the TPM" in line for line in report.messages("immucore.service"))
 
 
 def test_luks_that_nobody_wants_stays_locked(
