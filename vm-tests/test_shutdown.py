@@ -48,10 +48,10 @@ DEBUGRW = re.compile(r"Failed to remount '/run/initramfs/cos-state' read-only: D
 
 def end(report: Report) -> str:
     """Return the console from the moment at which the machine was told to power off."""
-    _, found, text = report.console.partition("Stopped target")
-    assert found, report.console[-3000:]
+    _, *after = re.split(r"Stopped target .*multi-user\.target", report.console)
+    assert len(after) == 1, report.console[-3000:]
     assert report.ended == "guest-shutdown", report.console[-3000:]
-    return text
+    return after[0]
 
 
 def complaints(report: Report, harmless: re.Pattern[str] = HARMLESS) -> list[str]:
