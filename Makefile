@@ -50,7 +50,7 @@ check: deps  ## ruff, mypy --strict, shellcheck
 	shellcheck $(filter-out %.service,$(wildcard dracut-module/50immucore/*)) dracut-module/immucore.shutdown vm-tests/guest/*.sh .ci/run
 
 unit: deps freeze  ## unit, golden and integration tests; at least 90 % of immucore/ has to be covered
-	$(BIN)/pytest tests --cov --cov-report=term --cov-fail-under=90
+	$(BIN)/pytest tests -n 2 --cov --cov-report=term --cov-fail-under=90
 
 golden: deps  ## write the expected plans of tests/golden anew; read the diff before you commit it
 	$(BIN)/pytest tests/golden --rewrite -q

@@ -13,6 +13,7 @@ from disk import Disk, Partition, make_disk
 from machine import Guest, Machine
 
 SHELL = r"sh-5|:/root#|:/#"  # the prompt of an emergency shell
+ALONE = f"{expect.ACTIVE} rd.cos.fallback=off"
 KILL = """\
 [Unit]
 DefaultDependencies=no
@@ -43,7 +44,7 @@ def unit(name: str, text: str) -> dict[str, str]:
 def test_no_state_partition(machine: Callable[..., Machine], cos_disk: Callable[..., Disk]) -> None:
     disk = cos_disk(without=("state",))
 
-    report = machine(disk, f"{expect.ACTIVE} rd.cos.timeout=8").boot(limit_s=60)
+    report = machine(disk, f"{ALONE} rd.cos.timeout=8").boot(limit_s=60)
 
     expect.stopped(
         report, 3, "cannot find a filesystem labelled 'COS_STATE'", "hint: labels seen: COS_GRUB (/dev/vda1)"
@@ -54,7 +55,7 @@ def test_no_state_partition(machine: Callable[..., Machine], cos_disk: Callable[
 def test_image_missing(machine: Callable[..., Machine], cos_disk: Callable[..., Disk]) -> None:
     disk = cos_disk(state={"cOS/active.img": None})
 
-    report = machine(disk, expect.ACTIVE).boot(limit_s=45)
+    report = machine(disk, ALONE).boot(limit_s=45)
 
     expect.stopped(report, 4, "cannot find the image '/run/initramfs/cos-state/cOS/active.img'", "hint: ")
 
@@ -62,7 +63,7 @@ def test_image_missing(machine: Callable[..., Machine], cos_disk: Callable[..., 
 def test_image_garbage(machine: Callable[..., Machine], cos_disk: Callable[..., Disk]) -> None:
     disk = cos_disk(state={"cOS/active.img": b"garbage" * 100000})
 
-    report = machine(disk, expect.ACTIVE).boot(limit_s=45)
+    report = machine(disk, ALONE).boot(limit_s=45)
 
     expect.stopped(report, 4, "cannot mount '/run/initramfs/cos-state/cOS/active.img': no superblock")
 
@@ -76,7 +77,7 @@ def test_unknown_mode(machine: Callable[..., Machine], disk: Disk) -> None:
 def test_layout_with_a_syntax_error(machine: Callable[..., Machine], cos_disk: Callable[..., Disk]) -> None:
     disk = cos_disk(oem={"cos-layout.env": "OVERLAY=tmpfs:10%\nRW_PATHS '/etc'\n"})
 
-    report = machine(disk, expect.ACTIVE).boot(limit_s=45)
+    report = machine(disk, ALONE).boot(limit_s=45)
 
     expect.stopped(
         report, 2, "cannot read line 2 of /oem/cos-layout.env: 'RW_PATHS '/etc'' is not an assignment"
@@ -250,12 +251,11 @@ def test_debugrw_makes_root_and_state_writable(machine: Callable[..., Machine], 
     assert report.mount("/").writable
 
 
-def test_unsupported_key_is_named(machine: Callable[..., Machine], disk: Disk) -> None:
-    report = machine(disk, f"{expect.ACTIVE} rd.cos.safe rd.cos.wrong=1").boot(limit_s=90)
+def test_unknown_key_is_named(machine: Callable[..., Machine], disk: Disk) -> None:
+    report = machine(disk, f"{expect.ACTIVE} rd.cos.wrong=1").boot(limit_s=90)
 
     assert (report.stage, report.slot) == ("system", "active")
     warnings = "\n".join(report.messages("immucore.service", priority=4))
-    assert "'rd.cos.safe' on the kernel command line is not supported yet" in warnings
     assert "'rd.cos.wrong=1' on the kernel command line is not a key of immucore" in warnings
 
 
