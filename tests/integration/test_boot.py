@@ -170,6 +170,25 @@ def test_boots_each_slot(
         assert targets["/sysroot/usr/local"].source == machine.part("persistent")
 
 
+@pytest.mark.parametrize("cmdline", [ACTIVE, RECOVERY], ids=["active", "recovery"])
+def test_a_healthy_boot_starts_no_process(machine: Machine, frozen: Sequence[str], cmdline: str) -> None:
+    """One process from the start to the exit, in which the launcher executes the frozen program once more.
+
+    PyInstaller's launcher does that to have its libraries found; it is nobody else, and no fork.
+    """
+    calls = "--trace=execve,execveat,fork,vfork,clone,clone3"
+    strace = ("strace", "--follow-forks", "--output=/machine/trace", calls)
+
+    boot = machine.boot(cmdline, (*strace, *frozen))
+
+    assert boot.result["outcome"] == "ok"
+    *executed, end = machine.path("/machine/trace").read_text().splitlines()
+    assert len(executed) == 2, executed
+    assert all(f' execve("{frozen[0]}", ' in line for line in executed)
+    assert len({line.split()[0] for line in (*executed, end)}) == 1
+    assert end.endswith("+++ exited with 0 +++")
+
+
 def test_keeps_what_the_directories_are(machine: Machine, agent: Sequence[str]) -> None:
     """An overlay has the mode, owner and attributes of what it covers, and /tmp its sticky bit."""
     machine.boot(ACTIVE, agent)
