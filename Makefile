@@ -85,7 +85,7 @@ $(VENV)/.fuzz: $(VENV)/.stamp
 soak: deps freeze  ## the VM tests of what must go well every time, with many boots each (BOOTS=30)
 	$(BIN)/pytest vm-tests -n 2 --dist worksteal -m soak --boots $(BOOTS)
 
-bench: deps freeze  ## measure side by side: start to exit, memory, size, many paths, virtual time in the VM
+bench: deps freeze  ## measure side by side: start to exit, memory, sizes, many paths and devices, virtual time in QEMU
 	@$(BIN)/python tests/bench/bench.py
 
 clean:  ## remove everything that was built, the cached Debian packages too

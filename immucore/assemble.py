@@ -1,7 +1,7 @@
 """Assembling what wanted devices are inside of: LUKS containers, md arrays, LVM volume groups.
 
 Imported only by a boot that waits, when its first look has missed something. Where a program is not in the
-initramfs, what it would assemble stays as it is, and a line says so (lessons B10).
+initramfs, what it would assemble stays as it is, and a line says so.
 """
 
 from __future__ import annotations
