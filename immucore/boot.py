@@ -121,13 +121,16 @@ class Boot:
                 image = image_of(layout, slot, SYSROOT)
                 devices = self._devices(layout.state_devices(slot, image))
                 return slot, layout.state(slot, devices, image)
-            except (AmbiguousError, CmdlineError, Interrupted):
+            except (CmdlineError, Interrupted):
                 raise
-            except (DeviceError, LayoutError, MountError) as error:
-                self.failures.append(report.Failure(mode=layout.mode(slot), error=error))
-                self.log.error(f"cannot boot {layout.mode(slot)}: {error.message}")
+            except (DeviceError, LayoutError, MountError, OSError) as error:
+                failure = from_kernel(error) if isinstance(error, OSError) else error
+                self.failures.append(report.Failure(mode=layout.mode(slot), error=failure))
+                self.log.error(f"cannot boot {layout.mode(slot)}: {failure.message}")
                 if len(attempts) > 1:
                     self.take_back()
+                if isinstance(failure, AmbiguousError):
+                    break  # a guess is no better in another slot
         self._tell_boot_loader(layout)
         raise report.together(self.failures)
 
@@ -136,7 +139,8 @@ class Boot:
         mismatched = [each for each in self.failures if isinstance(each.error, KernelMismatchError)]
         if self.cmdline.fallback == "off" or (self.cmdline.fallback == "same-boot" and not mismatched):
             return
-        hopeless = tuple(each.mode for each in self.failures if each not in mismatched)
+        fitting_another = {each.mode for each in mismatched}  # recovery fails under two names, one is right
+        hopeless = tuple(each.mode for each in self.failures if each.mode not in fitting_another)
         entry = layout.next_entry(self.cmdline, hopeless)
         if not entry:
             return
@@ -146,13 +150,26 @@ class Boot:
             self.log.error(f"cannot tell the boot loader to boot '{entry}': {error.message}")
         else:
             self.next_entry = entry
+        finally:
+            self.take_back()
 
     def take_back(self) -> None:
-        """Unmount what a slot that cannot be booted has mounted, so that the next finds nothing there."""
+        """Unmount what a slot that cannot be booted has mounted, so that the next finds nothing there.
+
+        Also what an earlier run had mounted of it, if its root was among that.
+        """
+        again = any(
+            isinstance(step.operation, Loop) and step.outcome == linux.PRESENT for step in self.record
+        )
+        outcomes = (linux.DONE, linux.PRESENT) if again else (linux.DONE,)
         for number, step in reversed([*enumerate(self.record)]):
-            if isinstance(step.operation, Mount | Loop | Bind | Overlay) and step.outcome == linux.DONE:
-                self.kernel.unmount(step.operation.target)
-                self.record[number] = step.replace(outcome="undone")
+            if isinstance(step.operation, Mount | Loop | Bind | Overlay) and step.outcome in outcomes:
+                try:
+                    self.kernel.unmount(step.operation.target)
+                except OSError as error:
+                    self.log.error(f"cannot unmount {step.operation.target}: {error.strerror}")
+                else:
+                    self.record[number] = step.replace(outcome="undone")
         self.earlier += self.record
         self.record, self.plan, self.kernel = [], Plan(), linux.Kernel(log=self.log)
 
@@ -233,6 +250,14 @@ def image_of(layout: ModuleType, asked: Cmdline, root: str, run: str = observe.R
     return whole
 
 
+def from_kernel(error: OSError) -> MountError:
+    """Say what the kernel refused outside of any operation."""
+    return MountError(
+        f"cannot use '{error.filename or 'the machine'}': {error.strerror}",
+        hint="look at what the kernel says: dmesg | tail",
+    )
+
+
 def _fstab(done: list[Operation], content: str, asked: Cmdline) -> Plan:
     """Put fstab into the new root; where /etc cannot be written, bind a file of /run over the image's."""
     target, why = SYSROOT + FSTAB, "the booted system has to know what is mounted"
@@ -252,14 +277,23 @@ def _fstab(done: list[Operation], content: str, asked: Cmdline) -> Plan:
 
 def main() -> int:
     """Run the boot; the exit status is that of contract §9. As PID 1 it never returns."""
-    first = os.getpid() == 1
-    if first:
+    if os.getpid() == 1:
         from immucore import pid1
 
-        pid1.prepare()
-    elif not os.path.exists(INITRD_RELEASE):
+        pid1.run()
+    if not os.path.exists(INITRD_RELEASE):
         os.write(2, REFUSAL.encode())
         return CmdlineError.exit_status
+    boot, error, status = once()
+    if error and boot.cmdline.engaged:
+        from immucore import onfail
+
+        onfail.act(boot)
+    return status
+
+
+def once() -> tuple[Boot, ImmucoreError | None, int]:
+    """Run the boot and end it: what became of it, what stopped it, and the exit status."""
     os.umask(0o022)
     # A crash of the interpreter is told where stderr goes, the journal or the console; /dev/kmsg would make
     # a record of each word.
@@ -273,20 +307,10 @@ def main() -> int:
     except ImmucoreError as failure:
         error = failure
     except OSError as failure:
-        error = MountError(
-            f"cannot use '{failure.filename or 'the machine'}': {failure.strerror}",
-            hint="look at what the kernel says: dmesg | tail",
-        )
+        error = from_kernel(failure)
     except Exception as failure:  # noqa: BLE001  a bug too has to be told in one sentence, without a traceback
         error = _bug(boot.log, failure)
-    status = ending.finish(boot, error)
-    if first and not error:
-        pid1.switch_root(boot.cmdline)
-    if first or error:
-        from immucore import onfail
-
-        onfail.act(boot)
-    return status
+    return boot, error, ending.finish(boot, error)
 
 
 def _bug(boot_log: log.Log, failure: Exception) -> ImmucoreError:

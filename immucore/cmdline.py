@@ -43,6 +43,7 @@ class Cmdline(Record):
     onfail: str = "shell"  # halt, reboot, or reboot:<seconds that the summary stays>
     init: str = ""  # what is to be run in the new root; empty: the usual
     instead_of: str = ""  # the mode that was asked for and failed, in the attempts after it
+    near: str = ""  # and the partition it names: what is booted instead lies on the same disk
     warnings: tuple[str, ...] = ()
 
     @property

@@ -127,12 +127,12 @@ class Kernel:
             raise MountError(f"cannot find the image '{image}'", hint=OTHER_SLOT) from None
         if there and _backing_file(there) == image:
             return PRESENT
+        fstype = _whole(image)  # first, to tell what is wrong with this one and not that another is there
         if there and target == self._roots[0]:
             raise MountError(
                 f"cannot mount '{image}' on '{target}': {there.source} is mounted there already",
                 hint="look which unit did it: systemctl status sysroot.mount",
             )
-        fstype = _whole(image)
         read_only = "ro" in options
         device, descriptor = _attach(image, read_only=read_only)
         try:
@@ -251,6 +251,11 @@ class Kernel:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
             values = grubenv.parse(os.read(descriptor, grubenv.SIZE_BYTES))
+            if values.get("next_entry") == entry:  # GRUB takes it away when it reads it
+                raise MountError(
+                    f"cannot have '{entry}' booted: the boot loader has not read next_entry the last time",
+                    hint=f"choose '{entry}' in the boot menu; see that grub.cfg loads {target} (load_env)",
+                )
             try:
                 block = grubenv.render({**values, "next_entry": entry})
             except ValueError as reason:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 
-from immucore import process, report, syscalls
+from immucore import report, syscalls
 
 TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
 if TYPE_CHECKING:
@@ -36,40 +36,20 @@ def act(boot: Boot) -> None:
     """Restart or halt, or return where a shell is to come, or where systemd does all that."""
     action, _, seconds = boot.cmdline.onfail.partition(":")
     if boot.next_entry:
-        _restart(boot)
+        _end(boot, RESTART)
     elif action == "reboot":
         time.sleep(int(seconds or 0))
         if not os.path.isdir(SYSTEMD):
-            _restart(boot)
+            _end(boot, RESTART)
     elif action == "halt":
-        _let_go(boot)
-        syscalls.reboot(HALT)
-    if os.getpid() == 1:
-        shells(boot)
+        _end(boot, HALT)
 
 
-def shells(boot: Boot) -> None:
-    """Keep a shell on the console, as PID 1: its end would be a kernel panic."""
-    while True:
-        try:
-            process.shell()
-        except OSError as error:
-            boot.log.error(f"cannot start a shell on the console: {error.strerror}")
-            time.sleep(60)
-
-
-def _restart(boot: Boot) -> None:
-    _let_go(boot)
-    try:
-        syscalls.reboot(RESTART)
-    except OSError as error:
-        report.to_consoles(f"immucore: cannot restart the machine: {error.strerror}")
-
-
-def _let_go(boot: Boot) -> None:
-    """Unmount what this boot has mounted: nobody else will, and no file system is to be left dirty."""
-    try:
-        boot.take_back()
-    except OSError as error:
-        boot.log.error(f"cannot unmount {error.filename}: {error.strerror}")
+def _end(boot: Boot, command: int) -> None:
+    """Unmount what this boot has mounted, because nobody else will, and end the machine."""
+    boot.take_back()
     os.sync()
+    try:
+        syscalls.reboot(command)
+    except OSError as error:
+        report.to_consoles(f"immucore: cannot restart or halt the machine: {error.strerror}")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import time
 
-from immucore import process, report, syscalls
+from immucore import boot, onfail, process, report, syscalls
 from immucore.plan import SYSROOT
 
 TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
 if TYPE_CHECKING:
+    from typing import NoReturn
+
     from immucore.cmdline import Cmdline
 
 # What every program expects of an initramfs, in the order in which it is needed.
@@ -18,6 +21,31 @@ API = (
     ("devtmpfs", "/dev", "devtmpfs", "nosuid"),
     ("tmpfs", "/run", "tmpfs", "nosuid,nodev"),
 )
+
+
+def run() -> NoReturn:
+    """Boot, and become the init of the new root; a failed boot does what rd.cos.onfail says, or is a shell.
+
+    Never returns, whatever happens: the end of PID 1 is a kernel panic.
+    """
+    try:
+        prepare()
+        this, error, _ = boot.once()
+        if error:
+            onfail.act(this)
+        elif this.cmdline.engaged:
+            switch_root(this.slot)
+        else:
+            report.to_consoles("immucore: this boot is not ours, and there is no other init to go on with")
+    except Exception as failure:  # noqa: BLE001  see above
+        report.to_consoles(f"immucore: cannot be the first process: {type(failure).__name__}: {failure}")
+    while True:
+        try:
+            process.shell()
+        except OSError as failure:
+            report.to_consoles(f"immucore: cannot start a shell on the console: {failure.strerror}")
+            time.sleep(60)
+        time.sleep(1)  # a shell that ends at once must not take the machine
 
 
 def prepare() -> None:
@@ -30,11 +58,12 @@ def prepare() -> None:
 
 
 def switch_root(asked: Cmdline) -> None:
-    """Become the init of the new root (switch_root(8)); returns only if that cannot be done."""
+    """Become the init of the new root (switch_root(8)); returns only where there is no such program."""
     program = process.find("switch_root")
     if program is None:
         report.to_consoles(
             "immucore: cannot switch to the new root: there is no switch_root in the initramfs"
         )
         return
-    os.execve(program, [program, SYSROOT, asked.init or "/sbin/init"], process.ENVIRONMENT)  # noqa: S606  argv is a list
+    init = asked.init or "/sbin/init"
+    os.execve(program, [program, SYSROOT, init], process.ENVIRONMENT)  # noqa: S606  argv is a list

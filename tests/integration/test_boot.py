@@ -598,6 +598,64 @@ def test_no_slot_is_left(machine: Machine, agent: Sequence[str]) -> None:
     assert boot.result["next_entry"] == ""
 
 
+def test_passive_instead_of_an_active_that_cannot_be_read(machine: Machine, agent: Sequence[str]) -> None:
+    """One damaged inode where the layout has a path."""
+    with machine.partition("state"):
+        machine.run(
+            "debugfs", "-w", "-R", "set_inode_field /srv mode 0", "/machine/partition/cOS/active.img"
+        )
+
+    boot = machine.boot(ACTIVE, agent)
+
+    check_fallback(machine, boot, "passive", "cannot use '/srv': Structure needs cleaning")
+
+
+def test_the_reason_is_still_told_by_a_second_run(machine: Machine, agent: Sequence[str]) -> None:
+    """What somebody types `exit` for, in the emergency shell, finds passive where it was left."""
+    with machine.partition("state") as state:
+        (state / "cOS/active.img").write_bytes(b"")
+    record = machine.record(machine.part("persistent"))
+    kept = record.read_bytes()
+    record.unlink()
+    assert machine.boot(f"{ACTIVE} rd.cos.timeout=1", agent).status == 3
+    record.write_bytes(kept)
+
+    boot = machine.boot(ACTIVE, agent)
+
+    check_fallback(machine, boot, "passive", f"cannot mount '{STATE}/cOS/active.img': the file is empty")
+
+
+def test_a_second_run_gives_up_the_root_of_the_first(machine: Machine, agent: Sequence[str]) -> None:
+    """Active was booted up to a volume that was missing; in the shell its layout was damaged."""
+    record = machine.record(machine.part("persistent"))
+    kept = record.read_bytes()
+    record.unlink()
+    assert machine.boot(f"{ACTIVE} rd.cos.timeout=1", agent).status == 3
+    record.write_bytes(kept)
+    machine.path("/run/cos").mkdir(exist_ok=True)
+    machine.path("/run/cos/cos-layout.env").write_text("no assignment\n")
+
+    boot = machine.boot(ACTIVE, agent)
+
+    check_fallback(machine, boot, "recovery", "cannot read line 1 of /run/cos/cos-layout.env")
+
+
+def test_two_of_one_label_stop_the_boot_and_are_no_reason_for_another_slot(
+    machine: Machine, agent: Sequence[str]
+) -> None:
+    for name in ("recovery", "persistent"):
+        text = machine.record(machine.part(name)).read_text()
+        machine.record(machine.part(name)).write_text(text.replace(f"COS_{name.upper()}", "COS_OEM"))
+
+    boot = machine.boot(ACTIVE, agent)
+
+    assert (boot.status, boot.result["outcome"], boot.mounts) == (3, "failed", [])
+    assert (
+        boot.result["error"]["message"] == "cannot choose a filesystem labelled 'COS_OEM': 3 devices have it"
+    )
+    assert [failure["mode"] for failure in boot.result["failures"]] == ["active"]
+
+
 def test_a_missing_volume_is_nothing_that_another_slot_would_have(
     machine: Machine, agent: Sequence[str]
 ) -> None:
@@ -829,7 +887,7 @@ def test_killed_while_seeding(switch_on: Callable[[], Machine], source: Sequence
         names = sorted(path.name for path in (root / "var").iterdir())
     process = machine.start(ACTIVE, source)
     copy = machine.path("/sysroot/usr/local/.state/var.bind")
-    growing = machine.path("/sysroot/usr/local/.state/var.bind.new/99")
+    growing = machine.path("/sysroot/usr/local/.state/var.bind.new/150")  # one of the first
     deadline = time.monotonic() + 10
     while not growing.exists():
         assert time.monotonic() < deadline

@@ -421,6 +421,9 @@ def test_next_entry_is_set_and_the_rest_of_the_block_kept(tmp_path: Path) -> Non
     assert grubenv.parse(block.read_bytes()) == {"saved_entry": "cos", "next_entry": "fallback"}
     assert block.stat().st_size == 1024
 
+    with pytest.raises(MountError, match="has not read next_entry the last time"):
+        kernel.tell_boot_loader(str(block), "fallback")  # or the machine would restart for ever
+
     block.unlink()
     assert kernel.tell_boot_loader(str(block), "recovery") == DONE
     assert grubenv.parse(block.read_bytes()) == {"next_entry": "recovery"}

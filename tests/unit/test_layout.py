@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from immucore import cmdline, fstab, layouts
 from immucore.devices import HOME_FIRST, HOME_ONLY, Device, Devices, Wanted
-from immucore.errors import CmdlineError, ImmucoreError, LayoutError
+from immucore.errors import AmbiguousError, CmdlineError, DeviceError, ImmucoreError, LayoutError
 from immucore.image import Image, Setting
 from immucore.layouts import cos
 from immucore.plan import (
@@ -639,3 +639,39 @@ def test_required_state_that_is_missing_is_never_ephemeral() -> None:
     assert (missing.target, missing.criticality) == ("/sysroot/usr/local", "required")
     (bind,) = (each for each in plan if isinstance(each, Bind))
     assert is_below(bind.source, missing.target)  # so it is never tried
+
+
+def elsewhere(label: str) -> Device:
+    return partition(1, label, disk="/dev/sdb")
+
+
+def without(*labels: str) -> tuple[Device, ...]:
+    return tuple(device for device in DISK.all if device.label not in labels)
+
+
+def test_recovery_instead_of_another_slot_is_on_the_same_disk() -> None:
+    recovery = cos.attempts(asked(ACTIVE))[2]
+    both = Devices(all=(elsewhere("COS_RECOVERY"), *DISK.all))
+    state = next(iter(cos.root(recovery, both)))
+    assert isinstance(state, Mount)
+    assert state.source == "/dev/vda3"
+
+    foreign = Devices(all=(elsewhere("COS_RECOVERY"), *without("COS_RECOVERY")))
+    with pytest.raises(DeviceError, match="cannot find a filesystem labelled 'COS_RECOVERY'"):
+        cos.root(recovery, foreign)
+
+
+def test_an_ambiguous_oem_stops_the_boot() -> None:
+    twice = Devices(all=(*DISK.all, partition(9, "COS_OEM")))
+    with pytest.raises(AmbiguousError, match="cannot choose a filesystem labelled 'COS_OEM'"):
+        cos.root(asked(ACTIVE), twice)
+
+
+def test_the_boot_loader_is_never_told_on_somebody_elses_oem() -> None:
+    foreign = elsewhere("COS_OEM")
+    gone = Devices(all=(foreign, *without("COS_OEM")))
+    (missing, _) = cos.tell_boot_loader(asked(ACTIVE), gone, "fallback")
+    assert isinstance(missing, Missing)
+
+    with pytest.raises(DeviceError, match="cannot tell which OEM is this machine's"):
+        cos.tell_boot_loader(asked(ACTIVE), Devices(all=(foreign,)), "fallback")

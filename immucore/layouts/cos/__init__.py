@@ -78,7 +78,12 @@ def lenient(cmdline: Cmdline) -> bool:
 
 def root_devices(cmdline: Cmdline) -> tuple[Wanted, ...]:
     """List the devices that root() needs."""
-    state = Wanted(spec=partition(cmdline), timeout_sec=cmdline.timeout_sec, home=HOME_FIRST)
+    state = Wanted(
+        spec=partition(cmdline),
+        timeout_sec=cmdline.timeout_sec,
+        near=cmdline.near,
+        home=HOME_ONLY if cmdline.near else HOME_FIRST,
+    )
     if cmdline.safe:
         return (state,)
     return state, _wanted(oem(cmdline), cmdline.oem_timeout_sec, cmdline)
@@ -86,7 +91,7 @@ def root_devices(cmdline: Cmdline) -> tuple[Wanted, ...]:
 
 def root(cmdline: Cmdline, devices: Devices) -> Plan:
     """Mount the partition, the image in it, and OEM: what has to be there before the layout can be read."""
-    device = devices.find(partition(cmdline))
+    device = _system(cmdline, devices)
     access = ("rw" if cmdline.debug_rw else "ro",)
     why = f"root={cmdline.root}" if cmdline.root else f"the mode is {mode(cmdline)}"
     why_image = f"cos-img/filename={cmdline.image}"
@@ -106,6 +111,17 @@ def root(cmdline: Cmdline, devices: Devices) -> Plan:
     return Plan(
         operations=kept_up(operations, cmdline.fsck_mode, cmdline.fsck_repair), warnings=cmdline.warnings
     )
+
+
+def _system(cmdline: Cmdline, devices: Devices) -> Device:
+    """Find the partition that holds the image; for a slot that is booted instead, on the same disk."""
+    near = _known(cmdline.near, devices) if cmdline.near else None
+    return devices.find(partition(cmdline), near=near, home_only=bool(cmdline.near))
+
+
+def _known(spec: str, devices: Devices) -> Device | None:
+    found = devices.candidates(spec)
+    return found[0] if len(found) == 1 else None
 
 
 def state_devices(cmdline: Cmdline, image: Image) -> tuple[Wanted, ...]:
@@ -141,7 +157,7 @@ def _home(volume: Volume) -> str:
 def state(cmdline: Cmdline, devices: Devices, image: Image) -> Plan:
     """Lay volumes, overlays and persistent state over the root that root() mounted."""
     settings = read(cmdline, image)
-    near = devices.find(partition(cmdline))
+    near = _system(cmdline, devices)
     needed = users_data(cmdline)
     if needed:
         _refuse_second_oem(cmdline, settings, devices, near)
@@ -253,10 +269,18 @@ def next_entry(cmdline: Cmdline, failed: tuple[str, ...]) -> str:
 
 
 def tell_boot_loader(cmdline: Cmdline, devices: Devices, entry: str) -> Plan:
-    """Have the boot loader boot another entry, once: its environment block lies on OEM (contract §1)."""
+    """Have the boot loader boot another entry, once: its environment block lies on OEM (contract §1).
+
+    Raises DeviceError where an OEM may be anybody's.
+    """
     why = f"{mode(cmdline)} could not be booted (rd.cos.fallback)"
-    volume = oem(cmdline).replace(why=why)
-    mount = _volume(volume, REQUIRED, devices, None, target=BOOT_LOADER)
+    near = _known(partition(cmdline), devices)
+    if near is None and not devices.boot_disks():
+        raise DeviceError(
+            "cannot tell which OEM is this machine's: neither its state nor its boot disk is there",
+            hint="name the disk that was booted from: rd.cos.bootdisk=/dev/disk/by-id/…",
+        )
+    mount = _volume(oem(cmdline).replace(why=why), REQUIRED, devices, near, target=BOOT_LOADER)
     tell = TellBootLoader(target=f"{BOOT_LOADER}/grubenv", entry=entry, why=why)
     return Plan(operations=(mount, tell))
 
@@ -315,16 +339,18 @@ def _volume(
 
 
 def _oem(cmdline: Cmdline, devices: Devices, near: Device) -> Operation:
-    """Mount OEM: a boot goes on without it, but not where nobody can tell which it is (contract §6)."""
-    criticality = IMPORTANT
+    """Mount OEM: a boot goes on without it.
+
+    Raises AmbiguousError where nobody can tell which it is (contract §6), except in recovery.
+    """
     if users_data(cmdline):
         try:
             devices.find(oem(cmdline).spec, near=near, home_only=True)
         except AmbiguousError:
-            criticality = REQUIRED
+            raise
         except DeviceError:
-            pass
-    return _volume(oem(cmdline), criticality, devices, near)
+            pass  # told by the operation
+    return _volume(oem(cmdline), IMPORTANT, devices, near)
 
 
 def _rejected(each: Rejected) -> Refused:

@@ -100,7 +100,8 @@ def attempts(cmdline: Cmdline) -> tuple[Cmdline, ...]:
     if asked.mode == "active":
         suffix = name.rpartition(".")[2] if "." in name else "img"
         others.insert(0, asked.replace(mode="passive", image=f"{directory}/passive.{suffix}"))
-    return (asked, *(other.replace(instead_of=asked.mode) for other in others))
+    near = partition(asked)
+    return (asked, *(other.replace(instead_of=asked.mode, near=near) for other in others))
 
 
 def users_data(cmdline: Cmdline) -> bool:
