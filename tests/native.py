@@ -11,6 +11,7 @@ Needs root.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import json
 import os
@@ -160,7 +161,10 @@ def command(*words: str | Path, stdin: str = "") -> str:
 
 def build_bundle(*arguments: str) -> None:
     """Freeze the agent, or the empty program with `--empty`, if that has not been done yet."""
-    command(sys.executable, ROOT / "frozen/freeze.py", *arguments)
+    (ROOT / "build").mkdir(exist_ok=True)
+    with (ROOT / "build/freeze.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # pytest -n: each worker comes here
+        command(sys.executable, ROOT / "frozen/freeze.py", *arguments)
 
 
 def make_tree(root: Path, slot: str) -> Path:
@@ -311,6 +315,8 @@ class Machine:
         if word != "ready":
             self._holder.wait()
             raise RuntimeError(f"cannot set up a machine: {self._holder.stderr.read()}")
+        self._backing = Path(f"/sys/class/block/{self.device[5:]}/loop/backing_file")
+        self._attached = self._backing.read_text() if self.device else ""
         children = Path(f"/proc/{self._holder.pid}/task/{self._holder.pid}/children")
         self.pid = int(children.read_text())
         while os.readlink(f"/proc/{self.pid}/root") != str(folder):  # between "ready" and chroot(2)
@@ -328,9 +334,11 @@ class Machine:
         self._holder.communicate()
         # The kernel detaches a moment after the last process of the namespaces has gone.
         for _attempt in range(500):
-            if not self.device or not Path(f"/sys/class/block/{self.device[5:]}/loop/backing_file").exists():
-                return
-            time.sleep(0.01)
+            with suppress(OSError):
+                if self.device and self._backing.read_text() == self._attached:  # not somebody else's by now
+                    time.sleep(0.01)
+                    continue
+            return
         raise RuntimeError(f"{self.device} is still attached")
 
     def path(self, path: str) -> Path:
@@ -449,3 +457,20 @@ class Machine:
                 return
             time.sleep(0.02)
         self.run("umount", target)
+
+
+def wait_until_listening(machine: Machine, process: subprocess.Popen[str]) -> None:
+    """Wait until the agent has subscribed to uevents and sleeps."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        assert process.poll() is None
+        try:
+            directory = Path(f"/proc/{machine.agent_pid()}")
+            sockets = [os.readlink(link) for link in (directory / "fd").iterdir()]
+            asleep = "poll" in (directory / "wchan").read_text()
+        except OSError:
+            continue
+        if asleep and any(name.startswith("socket:") for name in sockets):
+            return
+        time.sleep(0.01)
+    raise TimeoutError("the agent does not wait")

@@ -7,13 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from native import ACTIVE, FROZEN, Machine, command, isolated
+from native import ACTIVE, FROZEN, Machine, command, isolated, wait_until_listening
 
 from immucore import evidence, syscalls
 from immucore.devices import Device, Place
@@ -126,10 +125,10 @@ def test_stopped_boot_leaves_its_record(
 ) -> None:
     sees_no(machine, "persistent")
     process = machine.start(f"{ACTIVE} rd.cos.timeout=30", agent)
-    time.sleep(1)
+    wait_until_listening(machine, process)
     os.kill(machine.agent_pid(), number)
 
-    boot = machine.finish(process, timeout_sec=5)
+    boot = machine.finish(process, timeout_sec=15)
 
     ((_, files),) = records(machine, "oem").items()
     assert json.loads(files["result.json"]) == boot.result

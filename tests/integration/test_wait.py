@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from native import ACTIVE, PARTITIONS, Machine
+from native import ACTIVE, PARTITIONS, Machine, command, wait_until_listening
 
 FIRST_MOUNT = "/run/initramfs/cos-state"
 
@@ -36,30 +35,13 @@ def take_away(machine: Machine, name: str) -> Callable[..., None]:
     return bring_back
 
 
-def wait_until_listening(machine: Machine, process: subprocess.Popen[str]) -> None:
-    """Wait until the agent has subscribed to uevents and sleeps."""
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        assert process.poll() is None
-        try:
-            directory = Path(f"/proc/{machine.agent_pid()}")
-            sockets = [os.readlink(link) for link in (directory / "fd").iterdir()]
-            asleep = "poll" in (directory / "wchan").read_text()
-        except OSError:
-            continue
-        if asleep and any(name.startswith("socket:") for name in sockets):
-            return
-        time.sleep(0.01)
-    raise TimeoutError("the agent does not wait")
-
-
 def test_finds_what_appears_by_its_event(machine: Machine, agent: Sequence[str]) -> None:
     """It does not wait for the look that is made every second without an event."""
     bring_back = take_away(machine, "state")
     process = machine.start(ACTIVE, agent)
     wait_until_listening(machine, process)
     listening = time.monotonic()
-    time.sleep(1.3)  # one look has been made; the next is 0.7 s away
+    time.sleep(1.1)  # one look has been made; the next is 0.9 s away
     appeared = time.monotonic()
     bring_back()
 
@@ -67,7 +49,7 @@ def test_finds_what_appears_by_its_event(machine: Machine, agent: Sequence[str])
 
     assert (boot.status, boot.result["outcome"]) == (0, "ok")
     assert boot.steps[0]["operation"]["target"] == FIRST_MOUNT
-    assert 0 < boot.steps[0]["started_usec"] / 1e6 - appeared < 0.35
+    assert 0 < boot.steps[0]["started_usec"] / 1e6 - appeared < 0.8
     [wait] = boot.result["waits"]
     assert wait["specs"] == ["LABEL=COS_STATE"]
     assert wait["missing"] == []
@@ -85,7 +67,7 @@ def test_finds_what_appears_without_an_event(machine: Machine, source: Sequence[
     boot = machine.finish(process)
 
     assert boot.status == 0
-    assert boot.steps[0]["started_usec"] / 1e6 - appeared < 1.6
+    assert boot.steps[0]["started_usec"] / 1e6 - appeared < 5
 
 
 def test_waits_for_volumes_as_for_the_root(machine: Machine, source: Sequence[str]) -> None:
@@ -131,24 +113,32 @@ def test_the_time_counts_from_the_start_of_the_initramfs(machine: Machine, sourc
     boot = machine.boot(f"{ACTIVE} rd.cos.timeout=60 rd.cos.fallback=off", source)
 
     assert boot.status == 3
-    assert 2.9e6 < boot.result["waits"][0]["took_usec"] < 4.5e6  # three seconds at least, for udev
+    assert 2.9e6 < boot.result["waits"][0]["took_usec"] < 14e6  # three seconds at least, for udev; not 60
 
 
-def spoof(machine: Machine, label: str) -> str:
-    """Give udev's record of a disk of the machine's own host a label; return the disk's path."""
-    name = next(path.name for path in Path("/sys/class/block").iterdir() if not path.name.startswith("loop"))
-    number = Path(f"/sys/class/block/{name}/dev").read_text().strip()
-    machine.path(f"/machine/udev/data/b{number}").write_text(
+@pytest.fixture
+def other(tmp_path: Path) -> Iterator[str]:
+    """Attach a second disk, which udev knows nothing of; its path."""
+    image = tmp_path / "other.img"
+    with image.open("wb") as file:
+        file.truncate(1 << 20)
+    path = command("losetup", "--find", "--show", image).strip()
+    yield path
+    command("losetup", "--detach", path)
+
+
+def spoof(machine: Machine, disk: str, label: str) -> None:
+    """Write down what udev would say of a disk with a file system that has this label."""
+    machine.record(disk).write_text(
         f"E:ID_FS_TYPE=ext4\nE:ID_FS_LABEL_ENC={label}\nE:ID_FS_UUID_ENC=not-ours\n"
     )
-    return f"/dev/{name}"
 
 
 def test_another_disks_state_is_not_taken_before_udev_has_seen_all(
-    machine: Machine, source: Sequence[str]
+    machine: Machine, source: Sequence[str], other: str
 ) -> None:
     """The disk that is faster is not the right one by that."""
-    other = spoof(machine, "COS_STATE")
+    spoof(machine, other, "COS_STATE")
     bring_back = take_away(machine, "state")
     process = machine.start(f"{ACTIVE} rd.cos.bootdisk={machine.device}p1", source)
     wait_until_listening(machine, process)
@@ -165,8 +155,10 @@ def test_another_disks_state_is_not_taken_before_udev_has_seen_all(
     assert boot.plan["operations"][0]["source"] == machine.part("state") != other
 
 
-def test_another_disks_oem_never_configures_the_machine(machine: Machine, source: Sequence[str]) -> None:
-    other = spoof(machine, "COS_OEM")
+def test_another_disks_oem_never_configures_the_machine(
+    machine: Machine, source: Sequence[str], other: str
+) -> None:
+    spoof(machine, other, "COS_OEM")
     take_away(machine, "oem")
 
     boot = machine.boot(f"{ACTIVE} rd.cos.oemtimeout=1 rd.cos.debug", source)
@@ -188,9 +180,11 @@ def test_a_boot_disk_that_is_not_there_is_waited_for(machine: Machine, source: S
     assert boot.result["waits"][0]["missing"] == ["LABEL=COS_STATE", "LABEL=COS_OEM"]
 
 
-def test_an_answer_that_may_change_is_taken_in_the_end(machine: Machine, source: Sequence[str]) -> None:
+def test_an_answer_that_may_change_is_taken_in_the_end(
+    machine: Machine, source: Sequence[str], other: str
+) -> None:
     """A disk that udev never gets done with does not stop a machine, but for ten seconds."""
-    other = spoof(machine, "COS_PERSISTENT")
+    spoof(machine, other, "COS_PERSISTENT")
     take_away(machine, "persistent")
     machine.path("/machine/kmsg").write_text(
         f"6,1,{int((time.monotonic() - 8) * 1e6)},-;Run /init as init process\n"
@@ -200,7 +194,7 @@ def test_an_answer_that_may_change_is_taken_in_the_end(machine: Machine, source:
 
     [wait] = boot.result["waits"]
     assert wait["missing"] == []
-    assert 2.9e6 < wait["took_usec"] < 4.5e6
+    assert 2.9e6 < wait["took_usec"] < 9e6  # not ten from here
     [mount] = [each for each in boot.plan["operations"] if each["target"] == "/sysroot/usr/local"][-1:]
     assert mount["source"] == other
     assert mount["why"].endswith(f", on another disk than {machine.part('state')}")
@@ -262,6 +256,7 @@ def test_says_what_it_waits_for_every_ten_seconds(machine: Machine, source: Sequ
     """Slow, because ten seconds are what it is about."""
     bring_back = take_away(machine, "state")
     process = machine.start(f"{ACTIVE} rd.cos.timeout=0", source)
+    wait_until_listening(machine, process)
     threading.Timer(12, bring_back).start()
 
     boot = machine.finish(process)
@@ -272,7 +267,7 @@ def test_says_what_it_waits_for_every_ten_seconds(machine: Machine, source: Sequ
     for line in lines:
         assert line.startswith("<6>waiting for a filesystem labelled 'COS_STATE' (for ever); seen: ")
         assert f"{machine.part('oem')} COS_OEM" in line
-    assert 10.5e6 < boot.result["waits"][0]["took_usec"] < 14e6
+    assert boot.result["waits"][0]["took_usec"] > 10.5e6
 
 
 def test_a_storm_of_events(machine: Machine, agent: Sequence[str]) -> None:

@@ -418,15 +418,3 @@ def test_volume_groups_are_activated_complete_and_later_degraded(tmp_path: Path)
 )
 def test_patience(seconds: int, patience: float) -> None:
     assert patience_sec((PERSISTENT.replace(timeout_sec=seconds),)) == patience
-
-
-def test_a_real_machine(tmp_path: Path) -> None:
-    """With the programs of this one; nothing of it can be assembled."""
-    log = Log(journal=True)
-    assembler = Assembler(log)
-    gone = partition(5, "x", LVM).replace(path=f"{tmp_path}/gone")
-
-    assembler.look(Devices(all=(STATE, gone)), (PERSISTENT,), 10.0)
-    assembler.close()
-
-    assert log.lines == []

@@ -22,7 +22,7 @@ from immucore.devices import (
     describe,
     split,
 )
-from immucore.errors import DeviceError
+from immucore.errors import AmbiguousError, DeviceError
 
 
 @pytest.fixture
@@ -465,6 +465,37 @@ SPECS = st.sampled_from(
 )
 
 
+FIELDS = {"LABEL": "label", "UUID": "uuid", "PARTUUID": "partuuid", "": "path"}
+
+
+def acceptable(devices: Devices, spec: str, near: Device | None, *, home_only: bool) -> set[object]:
+    """Name the different things that a spelling may mean, each path to one disk only once."""
+    kind, value = split(spec)
+    boot, close = devices.boot_disks(), {*(near.disks if near else ())}
+    by_path = {device.path: device for device in devices.all}
+    named = [device for device in devices.all if getattr(device, FIELDS[kind]) == value]
+    locked = any(device.fstype in MEMBERS and device.is_on(boot | close) for device in named)
+
+    def is_free(device: Device) -> bool:
+        above = by_path.get(device.parent)
+        own = not (device.multipath or device.holders or device.fstype in MEMBERS)
+        return own and (above is None or is_free(above))
+
+    def is_welcome(device: Device) -> bool:
+        if kind != "LABEL" or device.is_on(boot | close) or not (boot | close or home_only):
+            return True
+        return not (device.removable or locked or (home_only and boot | close))
+
+    ranks: dict[int, set[object]] = {}
+    for device in named:
+        if is_free(device) and is_welcome(device):
+            rank = 0 if device.is_on(boot) else 1 if device.is_on(close) else 2 + device.removable
+            one_disk = device.serial and not device.removable and (device.uuid or device.partuuid)
+            thing = (device.serial, device.uuid, device.partuuid) if one_disk else device.path
+            ranks.setdefault(rank, set()).add(thing)
+    return ranks[min(ranks)] if ranks else set()
+
+
 @given(devices=machines(), spec=SPECS, shuffle=st.randoms(use_true_random=False))
 def test_any_machine(devices: Devices, spec: str, shuffle: Any) -> None:
     """Never a member, never one of two, never a foreign stick, in whatever order the devices are listed."""
@@ -482,15 +513,16 @@ def test_any_machine(devices: Devices, spec: str, shuffle: Any) -> None:
             if spec.startswith("LABEL") and home and not device.is_on(home):
                 assert not device.removable
                 assert not home_only
-        said = (
-            f"cannot choose {describe(spec)}: {len(found)} devices have it"
-            if found
-            else f"cannot find {describe(spec)}"
-        )
-        if len(found) == 1:
+        things = acceptable(devices, spec, near, home_only=home_only)
+        assert len(found) == len(things)
+        if len(things) == 1:
             assert devices.find(spec, near=near, home_only=home_only) == found[0]
+        elif things:
+            said = f"cannot choose {describe(spec)}: {len(things)} devices have it"
+            with pytest.raises(AmbiguousError, match=said):
+                devices.find(spec, near=near, home_only=home_only)
         else:
-            with pytest.raises(DeviceError, match=said):
+            with pytest.raises(DeviceError, match=f"cannot find {describe(spec)}"):
                 devices.find(spec, near=near, home_only=home_only)
         mixed = [*devices.all]
         shuffle.shuffle(mixed)
