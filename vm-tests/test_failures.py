@@ -11,18 +11,10 @@ import expect
 import pytest
 from disk import Disk, Partition, make_disk
 from machine import Guest, Machine
+from units import KILL, unit
 
 SHELL = r"sh-5|:/root#|:/#"  # the prompt of an emergency shell
 ALONE = f"{expect.ACTIVE} rd.cos.fallback=off"
-KILL = """\
-[Unit]
-DefaultDependencies=no
-After=systemd-udev-trigger.service
-[Service]
-Type=oneshot
-ExecStart=/bin/sh -c 'until [ "$(systemctl show -P SubState immucore.service)" = start ]; do sleep 0.2; \\
-done; sleep 3; systemctl kill --signal=TERM immucore.service'
-"""
 STORM = """\
 [Unit]
 DefaultDependencies=no
@@ -33,12 +25,6 @@ ExecStart=/bin/sh -c 'until [ "$(systemctl show -P SubState immucore.service)" =
 while [ "$(systemctl show -P SubState immucore.service)" = start ]; do \\
 systemctl --no-block isolate initrd.target; systemctl daemon-reload; done'
 """
-
-
-def unit(name: str, text: str) -> dict[str, str]:
-    """Return the files of a unit that starts with the initramfs."""
-    link = f"etc/systemd/system/sysinit.target.d/50-{name}.conf"
-    return {f"etc/systemd/system/{name}.service": text, link: f"[Unit]\nWants={name}.service\n"}
 
 
 def test_no_state_partition(machine: Callable[..., Machine], cos_disk: Callable[..., Disk]) -> None:

@@ -14,7 +14,6 @@ from disk import Disk
 from machine import Guest, Machine
 from report import Report
 
-LIMIT_SEC = 30.0  # of the machine's own time: no failure keeps anybody waiting for longer
 RECOVERY = "root=LABEL=COS_RECOVERY cos-img/filename=/cOS/recovery.squashfs quiet"
 
 
@@ -61,18 +60,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 def broken_disk(work: Path, cos_disk: Callable[..., Disk]) -> Callable[..., Disk]:
     """Return what makes a disk some of whose images are damaged: file name → what is done to it."""
 
-    def make(
-        damage: Mapping[str, Callable[[Path], object]],
-        suite: str = "bookworm",
-        oem: Mapping[str, str] | None = None,
-    ) -> Disk:
+    def make(damage: Mapping[str, Callable[[Path], object]], suite: str = "bookworm") -> Disk:
         partitions: dict[str, dict[str, Path]] = {"state": {}, "recovery": {}}
         for name, spoil in damage.items():
             image = work / name
             derivative.run("cp", "--sparse=always", "--reflink=auto", derivative.images(suite)[name], image)
             spoil(image)
             partitions["recovery" if name.startswith("recovery") else "state"][f"cOS/{name}"] = image
-        return cos_disk(suite=suite, oem=oem, **partitions)
+        return cos_disk(suite=suite, **partitions)
 
     return make
 
@@ -148,7 +143,6 @@ def test_recovery_is_booted_without_a_state_partition(
 
 
 ALL = {name: cut(0) for name in ("active.img", "passive.img", "recovery.img", "recovery.squashfs")}
-UPTIME = "cat /proc/uptime"
 
 
 @pytest.mark.parametrize("initramfs", ["systemd", "shell"])
@@ -158,7 +152,7 @@ def test_nothing_can_be_booted(
     disk = broken_disk(ALL)
     broken = machine(disk, expect.ACTIVE, initramfs=initramfs, keep_writes=True)
 
-    report = broken.boot(limit_s=90, commands=(UPTIME,))
+    report = broken.boot(limit_s=240, commands=(expect.UPTIME,), icount_shift=1)
 
     expect.stopped(report, 4, "active.img': the file is empty", "recovery.squashfs': the file is empty")
     assert [failure["mode"] for failure in report.result["failures"]][:3] == [
@@ -166,8 +160,9 @@ def test_nothing_can_be_booted(
         "passive",
         "recovery",
     ]
-    assert len(re.findall("^  The boot stops here", report.console, re.MULTILINE)) == 1
-    assert float(report.output(UPTIME).split()[0]) < LIMIT_SEC
+    # When it happens, and once more right above the prompt.
+    assert len(re.findall("^  The boot stops here", report.console, re.MULTILINE)) == 2
+    expect.soon(report)
     assert not report.has("/run/cos/upgrade_failure")
     assert "device: " in report.file("/run/immucore/immucore.log")
     assert "boot-000001-" in derivative.debugfs(broken.raw(), "ls /immucore", offset=disk.offsets["oem"])
@@ -176,11 +171,13 @@ def test_nothing_can_be_booted(
 def test_no_fallback_is_wanted(machine: Callable[..., Machine], broken_disk: Callable[..., Disk]) -> None:
     disk = broken_disk({"active.img": cut(99)})
 
-    report = machine(disk, f"{expect.ACTIVE} rd.cos.fallback=off").boot(limit_s=60, commands=(UPTIME,))
+    report = machine(disk, f"{expect.ACTIVE} rd.cos.fallback=off").boot(
+        limit_s=240, commands=(expect.UPTIME,), icount_shift=1
+    )
 
     expect.stopped(report, 4, "bytes of it are missing", "hint: boot another slot")
     assert [failure["mode"] for failure in report.result["failures"]] == ["active"]
-    assert float(report.output(UPTIME).split()[0]) < LIMIT_SEC
+    expect.soon(report)
 
 
 @pytest.mark.parametrize("initramfs", ["systemd", "shell"])
@@ -228,61 +225,3 @@ def test_what_is_done_about_a_failure(
     else:
         assert report.ended == "guest-reset"
         assert "The machine restarts in 3 s" in report.console
-
-
-# What the operator asks for at the boot menu
-
-
-@pytest.mark.parametrize("initramfs", ["systemd", "shell"])
-def test_a_shell_before_a_step(machine: Callable[..., Machine], disk: Disk, initramfs: str) -> None:
-    """Exit, and the boot goes on."""
-    asked = machine(disk, f"{expect.ACTIVE} rd.cos.break=/etc", initramfs=initramfs)
-    look = 'case "$(cat /proc/self/mountinfo)" in *" /sysroot/etc "*) n=1;; *) n=0;; esac; echo etc=$n\n'
-
-    report = asked.boot(
-        limit_s=120,
-        until="initramfs" if initramfs == "systemd" else "system",
-        when=[
-            ("type exit to go on", lambda guest: guest.type_until(look, r"etc=\d")),
-            (r"etc=\d", lambda guest: guest.type_until("exit\n", r"Power down|Power off")),
-        ],
-    )
-
-    assert "etc=0" in report.console
-    assert report.slot == "active"
-    assert report.result["outcome"] == "ok"
-    assert report.mount("/sysroot/etc" if report.stage == "initramfs" else "/etc").fstype == "overlay"
-
-
-def test_safe(machine: Callable[..., Machine], broken_disk: Callable[..., Disk]) -> None:
-    """Neither OEM nor the user's layout nor a volume: the root, and what is writable by default."""
-    nonsense = "RW_PATHS '/etc'\n"
-    disk = broken_disk(
-        {"active.img": lambda image: derivative.write_file(image, "etc/cos/cos-layout.env", nonsense)},
-        oem={"cos-layout.env": nonsense},
-    )
-
-    report = machine(disk, f"{expect.ACTIVE} rd.cos.safe").boot(limit_s=90)
-
-    assert (report.stage, report.slot, report.state) == ("system", "active", "running")
-    assert report.result["outcome"] == "ok"
-    expect.overlaid(report, *expect.RW_PATHS)
-    sources = {mount.source for mount in report.mountinfo}
-    assert f"/dev/vda{disk.number('oem')}" not in sources
-    assert f"/dev/vda{disk.number('persistent')}" not in sources
-
-
-def test_without_the_persistent_volume_on_purpose(
-    machine: Callable[..., Machine], cos_disk: Callable[..., Disk]
-) -> None:
-    disk = cos_disk(without=("persistent",), oem={"cos-layout.env": "PERSISTENT_STATE_PATHS=/home\n"})
-
-    report = machine(disk, f"{expect.ACTIVE} rd.cos.nopersist").boot(
-        limit_s=60, until="initramfs", commands=(UPTIME,)
-    )
-
-    assert (report.stage, report.slot) == ("initramfs", "active"), report.console[-3000:]
-    assert (report.result["outcome"], report.result["waits"]) == ("ok", [])
-    assert report.mount("/sysroot/usr/local").fstype == "overlay"
-    assert report.mount("/sysroot/home").fstype == "overlay"
-    assert float(report.output(UPTIME).split()[0]) < LIMIT_SEC

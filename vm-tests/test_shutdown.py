@@ -127,7 +127,7 @@ def test_power_cycles_of_debian_13(
 
 
 @pytest.mark.soak
-def test_power_cycles_of_an_overlay_on_the_persistent_partition(
+def test_power_cycles_of_overlays_on_a_partition_of_their_own(
     machine: Callable[..., Machine], cos_disk: Callable[..., Disk], boots: int
 ) -> None:
     disk = cos_disk(extra=(Partition("scratch", "SCRATCH", 32),))
