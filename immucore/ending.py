@@ -110,6 +110,7 @@ def _write(boot: Boot, files: dict[str, str], reasons: list[str], summary: str) 
 def _mark(boot: Boot, path: str, lines: list[str]) -> None:
     """Write a file that is there only if it has something to say."""
     if lines:
-        boot.kernel.write_file(path, "".join(f"{line}\n" for line in lines))
+        # Shown as it is on terminals, by immucore-last-words and by people.
+        boot.kernel.write_file(path, "".join(f"{report.for_terminal(line)}\n" for line in lines))
     else:
         boot.kernel.remove_file(path)

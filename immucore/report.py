@@ -174,13 +174,18 @@ def summary(error: ImmucoreError, step: Step | None, end: str = "The boot stops 
     return f"immucore: {error.message}{doing}{hint}\n  {end} More: immucore doctor"
 
 
-def for_console(message: str) -> bytes:
+def for_terminal(message: str) -> str:
     """Give what a terminal shows of a message: no commands to it, and no more than it writes in a second."""
     shown = printable(message)
-    if len(shown) > MAX_CONSOLE_CHARACTERS:
-        half = MAX_CONSOLE_CHARACTERS // 2
-        shown = f"{shown[:half]}\n  ... (all of it is in {DIRECTORY}/immucore.log)\n  ...{shown[-half:]}"
-    return f"\n{shown}\n".replace("\n", "\r\n").encode()
+    if len(shown) <= MAX_CONSOLE_CHARACTERS:
+        return shown
+    half = MAX_CONSOLE_CHARACTERS // 2
+    return f"{shown[:half]}\n  ... (all of it is in {DIRECTORY}/immucore.log)\n  ...{shown[-half:]}"
+
+
+def for_console(message: str) -> bytes:
+    """Give the bytes that show a message on a console, which nobody has set to any mode."""
+    return f"\n{for_terminal(message)}\n".replace("\n", "\r\n").encode()
 
 
 def to_consoles(message: str) -> None:

@@ -255,6 +255,7 @@ def test_summary() -> None:
 
 
 def test_a_console_gets_no_commands_and_no_flood() -> None:
+    assert report.for_terminal("a\x1b[2J\nb") == "a\\u001b[2J\nb"
     assert report.for_console("a\x1b[2J\nb") == b"\r\na\\u001b[2J\r\nb\r\n"
     long = report.for_console("begin " + "ä" * 100000 + " end").decode()
     assert long.startswith("\r\nbegin ä")
