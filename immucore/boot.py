@@ -84,8 +84,7 @@ class Boot:
         self.slot = self.cmdline = cmdline.parse(line)
         self.log.debug_wanted = self.cmdline.debug
         self.log.debug(f"command line: {cmdline.redacted(line)}")
-        root = "…" if "@" in self.cmdline.root else self.cmdline.root  # user:password@host
-        self.log.debug(f"parsed: {self.cmdline.replace(root=root)}")
+        self.log.debug(f"parsed: {self.cmdline.replace(root=cmdline.shown_root(self.cmdline.root))}")
         if not (self.cmdline.engaged or self.cmdline.bystander):
             self.log.info("nothing to do: the kernel command line names no image (cos-img/filename=)")
             return

@@ -119,10 +119,11 @@ def boolean(value: str | None) -> bool:
 
 def _seconds(low: int, high: int) -> Callable[[str | None], int]:
     def read(value: str | None) -> int:
-        number = int(value) if value and value.isascii() and value.isdecimal() and len(value) < 10 else -1
-        if not low <= number <= high:
+        digits = value if value and value.isascii() and value.isdecimal() else ""
+        # No more digits than the highest has, leading zeros too: immucore-generator can tell that as well.
+        if not 0 < len(digits) <= len(str(high)) or not low <= int(digits) <= high:
             raise ValueError(f"it has to be a number of seconds from {low} to {high}")
-        return number
+        return int(digits)
 
     return read
 
@@ -309,6 +310,11 @@ def harmless(key: str, value: str) -> bool:
     known = key in _HARMLESS or key.startswith(_MOSTLY_HARMLESS)
     # user:password@host stands in root=, of all places.
     return known and "@" not in value and not any(telling in key for telling in _TELLING)
+
+
+def shown_root(root: str) -> str:
+    """Spell the value of root= as everybody may read it."""
+    return root if harmless("root", root) else "…"
 
 
 def _shown(key: str, value: str | None) -> str:

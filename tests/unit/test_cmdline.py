@@ -168,6 +168,7 @@ def test_a_switch(field: str, key: bytes) -> None:
         ("rd.immucore.fallback=off", "fallback", "off"),
         ("rd.cos.onfail=reboot:5", "onfail", "reboot:5"),
         ("rd.cos.onfail=reboot", "onfail", "reboot"),
+        ("rd.cos.timeout=1000000000", "timeout_sec", 10**9),
         ("rd.cos.onfail=halt", "onfail", "halt"),
         ("init=/bin/sh", "init", "/bin/sh"),
     ],
@@ -220,6 +221,8 @@ OVERLAY = (
         ("rd.cos.fallback", "it has to be same-boot, reboot or off; the default is taken: same-boot"),
         ("rd.cos.onfail=panic", ONFAIL),
         ("rd.cos.onfail=halt:5", ONFAIL),
+        ("rd.cos.onfail=reboot:86401", NUMBER + "0 to 86400; the default is taken: shell"),
+        ("rd.cos.onfail=reboot:000010", NUMBER + "0 to 86400; the default is taken: shell"),
         ("rd.cos.onfail=reboot:", NUMBER + "0 to 86400; the default is taken: shell"),
     ],
 )

@@ -104,6 +104,11 @@ def test_live(line: str) -> None:
         ),
         ("root=LABE=X cos-img/filename=/active.img", "cannot read root=LABE=X"),
         ("root=nfs cos-img/filename=/active.img", "cannot read root=nfs"),
+        ("root=https://me:geheim@host/x cos-img/filename=/active.img", "cannot read root=…"),
+        (
+            "root=https://me:geheim@host/x cos-img/filename=/x.img",
+            "cannot tell the boot mode from cos-img/filename=/x.img and root=…",
+        ),
         (
             "cos-img/filename=/cOS/../../active.img",
             "cannot boot the image '/cOS/../../active.img': that is no path of a file in the partition",

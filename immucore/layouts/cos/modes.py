@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from immucore.cmdline import DEVICE_PREFIXES
+from immucore.cmdline import DEVICE_PREFIXES, shown_root
 from immucore.errors import CmdlineError
 from immucore.values import Record
 
@@ -52,8 +52,9 @@ def mode(cmdline: Cmdline) -> str:
         return stem
     if cmdline.root == f"LABEL={MODES['recovery'].partition}":
         return "recovery"
+    root = shown_root(cmdline.root)
     raise CmdlineError(
-        f"cannot tell the boot mode from cos-img/filename={cmdline.image} and root={cmdline.root}",
+        f"cannot tell the boot mode from cos-img/filename={cmdline.image} and root={root}",
         hint="add elemental.mode=active, passive or recovery to the kernel command line",
     )
 
@@ -76,7 +77,7 @@ def partition(cmdline: Cmdline) -> str:
         return f"LABEL={row.partition}"
     if not cmdline.root.startswith(DEVICE_PREFIXES):
         raise CmdlineError(
-            f"cannot read root={cmdline.root}",
+            f"cannot read root={shown_root(cmdline.root)}",
             hint=f"write root=LABEL={row.partition}, UUID=…, PARTLABEL=…, PARTUUID=… or /dev/…",
         )
     return cmdline.root
