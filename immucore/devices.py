@@ -83,7 +83,7 @@ class Place(Record):
 
     device: Device
     path: str  # where the booted system sees it
-    own_disk: bool  # it is on the disk of the state partition; no other may be a removable one
+    own_disk: bool  # it is on the disk of the state partition, or the one that was booted from
     remount: bool = False  # it is mounted read-only on purpose, and made writable for the moment
 
 

@@ -381,8 +381,8 @@ def diagnosis(current: Found | None, older: list[Found]) -> dict[str, Any]:
     if now and now["outcome"] not in STATES:
         now["outcome"] = "unknown"
     wrong = now if now and now["outcome"] in ("failed", "degraded", "fallback") else None
-    name = wrong["kept"].partition(" ")[0].rpartition("/")[2] if wrong else ""
-    earlier = [each for each in older if not name or each.where.rpartition("/")[2] != name]
+    kept_as = evidence.NAME.search(wrong["kept"]) if wrong else None
+    earlier = [each for each in older if not kept_as or each.where.rpartition("/")[2] != kept_as[0]]
     last = None if wrong or not earlier else summary(earlier.pop(0))
     return {
         "schema": report.SCHEMA,

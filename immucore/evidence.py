@@ -18,7 +18,7 @@ import signal
 import stat
 import time
 
-from immucore import cmdline, layouts, observe, report, syscalls
+from immucore import cmdline, layouts, observe, report, superblock, syscalls
 from immucore.devices import MEMBERS
 from immucore.plan import Mount
 
@@ -35,6 +35,7 @@ NAME = re.compile(r"boot-([0-9]{6,9})-([0-9a-f]{8})")
 UNFINISHED = ".new"
 KEPT = 5
 LIMIT_SEC = 4.0  # so long may a disk that does not answer hold up the shell, which is to be there in five
+GRACE_SEC = 0.5  # for what has to be made read-only again
 CUT = "[... {} bytes left out ...]\n"
 # How much is kept of each file; what is longer keeps its beginning, a log its end. In the order of writing.
 LIMITS = {
@@ -56,6 +57,10 @@ _NO_LINKS = 0x14 | 0x01  # openat2(2): RESOLVE_IN_ROOT | RESOLVE_NO_SYMLINKS | R
 
 class Unusable(Exception):
     """A place that is left alone, and why."""
+
+
+class Stopped(BaseException):
+    """The time is over, or somebody stops the agent: no place is tried any more, only tidied up."""
 
 
 def keep(boot: Boot, files: Mapping[str, str]) -> None:
@@ -83,7 +88,8 @@ def _keep(boot: Boot, files: Mapping[str, str]) -> None:
         "dmesg": without_secrets(kernel_log(), line),
     }
     boot.kernel.write_file(f"{report.DIRECTORY}/devices.json", contents["devices.json"])
-    where, reasons = save(bounded(contents, LIMITS), layout.evidence_places(boot.cmdline, devices))
+    places = known(layout.evidence_places(boot.cmdline, devices))
+    where, reasons = save(bounded(contents, LIMITS), places)
     if where:
         boot.kernel.write_file(f"{report.DIRECTORY}/evidence", f"{where}\n")
         boot.log.info(f"the evidence of this boot is kept: {where}")
@@ -92,19 +98,25 @@ def _keep(boot: Boot, files: Mapping[str, str]) -> None:
         boot.log.warning(f"cannot keep the evidence of this boot: {why}")
 
 
+def known(places: tuple[Place, ...]) -> tuple[Place, ...]:
+    """Give the places to write to: none where nobody knows the machine's own disk, all may be another's."""
+    return places if any(place.own_disk for place in places) else ()
+
+
 def save(
     contents: Mapping[str, bytes], places: tuple[Place, ...], limit_sec: float = LIMIT_SEC
 ) -> tuple[str, list[str]]:
     """Write the contents to the first place that takes them; return where they are, and why not elsewhere.
 
-    In a process of its own: one that a dying disk does not let go is left behind when the time is over.
+    In a process of its own: when the time is over it is stopped, and what a dying disk does not let go even
+    then is left behind.
     """
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, signal.SIG_DFL)
+                signal.signal(number, _stop)
             try:
                 answer = _save(contents, places)
             except Exception as failure:  # noqa: BLE001  to be told by the parent
@@ -113,22 +125,27 @@ def save(
         finally:
             os._exit(0)
     os.close(write)
-    said = b""
+    said, why = b"", "it was killed"
     try:
-        deadline = time.monotonic() + limit_sec
-        while True:
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([read], [], [], left)[0]:
-                os.kill(child, signal.SIGKILL)
-                return "", [f"the disk took longer than {limit_sec:g} s"]
-            if not (block := os.read(read, 1 << 16)):
-                break
-            said += block
-        os.waitpid(child, 0)
+        for patience_sec, number in ((limit_sec, signal.SIGTERM), (GRACE_SEC, signal.SIGKILL)):
+            deadline = time.monotonic() + patience_sec
+            while (left := deadline - time.monotonic()) > 0 and select.select([read], [], [], left)[0]:
+                if not (block := os.read(read, 1 << 16)):
+                    os.waitpid(child, 0)
+                    where, reasons = json.loads(said) if said else ("", [why])
+                    return where, reasons
+                said += block
+            os.kill(child, number)
+            why = f"the disk took longer than {limit_sec:g} s"
     finally:
         os.close(read)
-    where, reasons = json.loads(said or '["", ["it was killed"]]')
-    return where, reasons
+    return "", [why]
+
+
+def _stop(_number: int, _frame: object) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # the tidying up is not to be stopped once more
+    raise Stopped
 
 
 def _save(contents: Mapping[str, bytes], places: tuple[Place, ...]) -> tuple[str, list[str]]:
@@ -143,8 +160,25 @@ def _save(contents: Mapping[str, bytes], places: tuple[Place, ...]) -> tuple[str
             except (OSError, Unusable) as failure:
                 reasons.append(f"{place.device.path}: {getattr(failure, 'strerror', None) or failure}")
             else:
-                return f"{place.path}/{DIRECTORY}/{name} ({place.device.path})", reasons
+                return _where(place, name), reasons
     return "", reasons
+
+
+def _where(place: Place, name: str) -> str:
+    """Say where a record is: by its device alone where something else is mounted in its place.
+
+    That is so after a fallback to recovery, whose partition is mounted where COS_STATE would be.
+    """
+    there = [mount.device for mount in observe.mounts() if mount.target == place.path]
+    if there and there[-1] != _number(place.device):
+        return f"{place.device.path} {DIRECTORY}/{name}"
+    return f"{place.path}/{DIRECTORY}/{name} ({place.device.path})"
+
+
+def _number(device: Device) -> str:
+    """Give the number of a device as mountinfo has it. Raises OSError."""
+    number = os.stat(device.path).st_rdev
+    return f"{os.major(number)}:{os.minor(number)}"
 
 
 def _save_at(place: Place, contents: Mapping[str, bytes], identity: str, spare: int) -> str:
@@ -156,15 +190,15 @@ def _save_at(place: Place, contents: Mapping[str, bytes], identity: str, spare: 
         device.path, device.fstype, read_only=False, options=("ro",) if place.remount else ()
     )
     try:
-        if place.remount:
-            syscalls.reconfigure(tree, "rw")
-        directory = -1
         try:
+            if place.remount:
+                syscalls.reconfigure(tree, "rw")
             directory = open_records(tree, make=True)
-            return write_record(directory, contents, identity, spare=spare)
-        finally:
-            if directory >= 0:
+            try:
+                return write_record(directory, contents, identity, spare=spare)
+            finally:
                 os.close(directory)
+        finally:
             if place.remount:
                 syscalls.reconfigure(tree, "ro")
     finally:
@@ -176,8 +210,7 @@ def _refuse(place: Place) -> None:
     device = place.device
     if not place.own_disk and device.removable:
         raise Unusable("it is on a removable disk")
-    number = os.stat(device.path).st_rdev
-    mounted = f"{os.major(number)}:{os.minor(number)}"
+    mounted = _number(device)
     for mount in observe.mounts():
         if mount.device != mounted:
             continue
@@ -186,12 +219,8 @@ def _refuse(place: Place) -> None:
                 raise Unusable("the kernel has made it read-only because of errors")
             if not place.remount:
                 raise Unusable("it is mounted read-only")
-    if device.fstype.startswith("ext"):
-        with open(device.path, "rb", buffering=0) as file:
-            file.seek(1024 + 0x38)  # struct ext4_super_block: s_magic, s_state
-            block = file.read(4)
-        if block[:2] != b"\x53\xef" or block[2] & 2:  # EXT4_ERROR_FS
-            raise Unusable("its file system is damaged")
+    if device.fstype in superblock.EXT and superblock.ext_errors(device.path):
+        raise Unusable("its file system is damaged")
 
 
 def open_records(top: int, *, make: bool = False) -> int:

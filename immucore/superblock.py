@@ -61,6 +61,16 @@ def damage(path: str, fstype: str, now_sec: float) -> str:
     return fat_damage(head) if fstype == "vfat" else ext_damage(head[EXT_OFFSET:], now_sec)
 
 
+def ext_errors(path: str) -> bool:
+    """Tell whether an ext2/3/4, mounted or not, is marked as damaged, or is none. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        block = os.pread(descriptor, 1024, EXT_OFFSET)
+    finally:
+        os.close(descriptor)
+    return not _is_ext(block) or bool(_ext_state(block) & EXT_ERROR)
+
+
 def parse(head: bytes) -> Superblock:
     """Read the first 4096 bytes of an image or device: any type but btrfs, whose superblock lies deeper."""
     if len(head) < HEAD_BYTES:
@@ -75,9 +85,16 @@ def parse(head: bytes) -> Superblock:
     if block.startswith(b"\xe2\xe1\xf5\xe0"):
         block_bytes, (blocks,) = 1 << min(block[12], 31), _u32(block, 36)
         return Superblock(fstype="erofs", block_bytes=block_bytes, claimed_bytes=block_bytes * blocks)
-    if block[56:58] == b"\x53\xef":
-        return _ext(block)
-    return Superblock()
+    return _ext(block) if _is_ext(block) else Superblock()
+
+
+def _is_ext(block: bytes) -> bool:
+    return len(block) >= 1024 and block[56:58] == b"\x53\xef"
+
+
+def _ext_state(block: bytes) -> int:
+    state: int = struct.unpack_from("<H", block, 58)[0]
+    return state
 
 
 def _ext(block: bytes) -> Superblock:
@@ -100,10 +117,10 @@ def ext_damage(block: bytes, now_sec: float) -> str:
 
     A clock that is behind the last check is not believed: a board without one would check at every boot.
     """
-    if len(block) < 1024 or block[56:58] != b"\x53\xef":
+    if not _is_ext(block):
         return "has no superblock of ext2/3/4 where it has to be"
     mounts, max_mounts = struct.unpack_from("<Hh", block, 52)
-    (state,) = struct.unpack_from("<H", block, 58)
+    state = _ext_state(block)
     last_check, interval_sec = struct.unpack_from("<II", block, 64)
     last_check |= block[0x277] << 32  # s_lastcheck_hi
     days = (int(now_sec) - last_check) // 86400

@@ -7,14 +7,15 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, ItemsView, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from native import ACTIVE, FROZEN, Machine, command, isolated, wait_until_listening
 
-from immucore import evidence, syscalls
+from immucore import evidence, observe, report, syscalls
 from immucore.devices import Device, Place
 
 SECRETS = ("geheim-im-token", "geheim.im.iscsi", "geheim_in_netroot", "geheimes credential", "geheim:mount")
@@ -222,6 +223,20 @@ def test_oem_that_is_mounted_read_only_is_left_alone(machine: Machine, source: S
     assert (oem.options[0], oem.superblock_options[0]) == ("ro", "ro")
     assert boot.files["evidence"].startswith("/run/initramfs/cos-state/immucore/")
     assert not machine.path("/sysroot/oem/immucore").exists()
+
+
+def test_path_does_not_command_the_terminal(machine: Machine, source: Sequence[str]) -> None:
+    image = f"/cOS/{'x' * 5000}\x1b[2J/{'y' * 5000}.img"
+
+    boot = machine.boot(f"elemental.mode=active elemental.image={image} rd.cos.fallback=off", source)
+
+    summary = boot.files["summary"]
+    assert "x\\u001b[2J/y" in boot.files["immucore.log"]
+    assert "\x1b" not in summary
+    assert summary.startswith("immucore: cannot ")
+    assert summary.endswith(" More: immucore doctor\n")
+    assert "all of it is in /run/immucore/immucore.log" in summary
+    assert len(summary) < report.MAX_CONSOLE_CHARACTERS + 100
 
 
 def test_nothing_takes_it(machine: Machine, source: Sequence[str]) -> None:
@@ -508,6 +523,63 @@ def test_what_the_kernel_made_read_only_is_left_alone(tmp_path: Path) -> None:
 
         assert answer == ("", [f"{device.path}: the kernel has made it read-only because of errors"])
         assert not (top / "immucore").exists()
+
+
+class Slow(dict[str, bytes]):
+    """What takes longer to write than anybody waits for."""
+
+    def items(self) -> ItemsView[str, bytes]:
+        time.sleep(60)
+        return super().items()
+
+
+class Stubborn(Slow):
+    """Nor does whoever writes it listen to anybody."""
+
+    def items(self) -> ItemsView[str, bytes]:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        return super().items()
+
+
+def read_only(top: Path) -> bool:
+    (mount,) = [each for each in observe.mounts() if each.target == str(top)]
+    return mount.superblock_options.split(",")[0] == "ro"
+
+
+@isolated(user=False)
+def test_what_was_made_writable_is_read_only_again_when_the_time_is_over(tmp_path: Path) -> None:
+    with mounted(tmp_path) as (top, device):
+        command("mount", "-o", "remount,ro", top)
+        assert read_only(top)
+
+        answer = evidence.save(Slow(RECORD), (place(device, remount=True),), 0.3)
+
+        assert answer == ("", ["the disk took longer than 0.3 s"])
+        assert (top / "immucore").exists()  # so it had been writable
+        assert read_only(top)
+
+
+@isolated(user=False)
+def test_who_does_not_listen_is_killed(tmp_path: Path) -> None:
+    with mounted(tmp_path) as (_, device):
+        started = time.monotonic()
+
+        answer = evidence.save(Stubborn(RECORD), (place(device),), 0.3)
+
+        assert answer == ("", ["the disk took longer than 0.3 s"])
+        assert time.monotonic() - started < 2
+
+
+@isolated(user=False)
+def test_partition_behind_another_in_its_place_is_named_by_its_device(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    with mounted(tmp_path / "a") as (own, device), mounted(tmp_path / "b") as (other, _):
+        for at in (own, other):
+            where, _ = evidence.save(RECORD, (Place(device=device, path=str(at), own_disk=True),))
+            (record,) = (own / "immucore").iterdir()
+            there = f"{own}/immucore/{record.name} ({device.path})"
+            assert where == (there if at == own else f"{device.path} immucore/{record.name}")
 
 
 def test_frozen_doctor_refuses_in_one_sentence(tmp_path: Path, frozen: Sequence[str]) -> None:

@@ -130,6 +130,14 @@ def test_the_copy_of_this_boot_is_not_an_earlier_one() -> None:
     assert "Evidence  /oem/immucore/boot-000001-0a0b0c0d (/dev/a), not mounted now" in said(record, found())
 
 
+def test_the_copy_of_this_boot_on_what_is_not_mounted_is_not_an_earlier_one() -> None:
+    record = found("/run/immucore")
+    record.files["evidence"] = "/dev/a immucore/boot-000001-0a0b0c0d\n"
+    copy = found("/dev/a (not mounted) immucore/boot-000001-0a0b0c0d")
+    assert doctor.diagnosis(record, [copy])["earlier"] == []
+    assert "Evidence  /dev/a immucore/boot-000001-0a0b0c0d, not mounted now" in said(record, copy)
+
+
 def test_degraded_boot_names_its_reasons() -> None:
     reasons = ["/oem: cannot find it", "/srv: read-only"]
     record = found(

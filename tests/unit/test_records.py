@@ -25,10 +25,12 @@ ASKED = cmdline.parse(b"root=LABEL=COS_STATE cos-img/filename=/cOS/active.img")
 # Where it goes
 
 
-def places(*devices: Device, line: bytes = b"") -> list[tuple[str, str, bool, bool]]:
+def places(*devices: Device, line: bytes = b"", boot: str = "") -> list[tuple[str, str, bool, bool]]:
     asked = cmdline.parse(line) if line else ASKED
-    found = layouts.select(asked).evidence_places(asked, Devices(all=devices))
-    return [(place.device.path, place.path, place.own_disk, place.remount) for place in found]
+    found = layouts.select(asked).evidence_places(asked, Devices(all=devices, boot=boot))
+    return [
+        (place.device.path, place.path, place.own_disk, place.remount) for place in evidence.known(found)
+    ]
 
 
 def test_places_in_their_order() -> None:
@@ -43,14 +45,26 @@ def test_a_foreign_disk_is_no_place_beside_the_own() -> None:
     assert [each[0] for each in places(STICK, OEM, STATE)] == ["/dev/a2", "/dev/a4"]
 
 
-def test_without_state_nothing_is_known_to_be_on_the_own_disk() -> None:
-    assert places(OEM) == [("/dev/a2", "/oem", False, False)]
-    assert places(OEM, STICK) == []
+def test_without_state_the_own_disk_is_the_one_that_was_booted_from() -> None:
+    other = PERSISTENT.replace(path="/dev/b5", disks=("/dev/b",))
+    assert places(OEM, boot="/dev/a2") == [("/dev/a2", "/oem", True, False)]
+    assert places(OEM, STICK, boot="/dev/a2") == [("/dev/a2", "/oem", True, False)]
+    assert places(OEM, other, boot="/dev/a2") == [
+        ("/dev/a2", "/oem", True, False),
+        ("/dev/b5", "/usr/local", False, False),
+    ]
+    assert places(other, STATE.replace(label=""), boot="/dev/a4") == []
+
+
+def test_where_nobody_knows_the_own_disk_no_other_is_written_to() -> None:
+    assert places(OEM, PERSISTENT) == []
+    assert places(STICK, boot="/dev/a2") == []
 
 
 def test_places_of_a_command_line_that_cannot_be_read() -> None:
     line = b"elemental.mode=aktiv cos-img/filename=/x rd.cos.oemlabel=CONFIG"
-    assert places(OEM.replace(label="CONFIG"), STATE, line=line) == [("/dev/a2", "/oem", False, False)]
+    found = places(OEM.replace(label="CONFIG"), STATE, line=line, boot="/dev/a4")
+    assert found == [("/dev/a2", "/oem", True, False)]
 
 
 def test_members_are_no_places() -> None:

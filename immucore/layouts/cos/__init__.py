@@ -7,6 +7,7 @@ Pure: command line, devices and what the image says in, plans out.
 
 from __future__ import annotations
 
+from immucore.cmdline import shown_root
 from immucore.devices import ANYWHERE, HOME_FIRST, HOME_ONLY, Device, Devices, Place, Wanted
 from immucore.errors import AmbiguousError, CmdlineError, DeviceError, LayoutError
 from immucore.fstab import lines_of, mount_point
@@ -93,7 +94,7 @@ def root(cmdline: Cmdline, devices: Devices) -> Plan:
     """Mount the partition, the image in it, and OEM: what has to be there before the layout can be read."""
     device = _system(cmdline, devices)
     access = ("rw" if cmdline.debug_rw else "ro",)
-    why = f"root={cmdline.root}" if cmdline.root else f"the mode is {mode(cmdline)}"
+    why = f"root={shown_root(cmdline.root)}" if cmdline.root else f"the mode is {mode(cmdline)}"
     why_image = f"cos-img/filename={cmdline.image}"
     if cmdline.instead_of:
         why = why_image = f"{cmdline.instead_of} could not be booted (rd.cos.fallback)"
@@ -235,13 +236,14 @@ def sentinels(cmdline: Cmdline) -> Plan:
 def evidence_places(cmdline: Cmdline, devices: Devices) -> tuple[Place, ...]:
     """List where the evidence of a boot that went wrong may be kept, the best place first.
 
-    Only what a boot would mount itself; without the state partition nobody knows which disk is the machine's
-    own.
+    Only what a boot would mount itself; without the state partition, and where nobody says which disk was
+    booted from, none of them is known to be on the machine's own disk.
     """
     try:
         state = devices.find(partition(cmdline))
     except (CmdlineError, DeviceError):  # that may be what went wrong
         state = None
+    home = {*devices.boot_disks(), *(state.disks if state else ())}
     places = []
     persistent, _, mountpoint = PERSISTENT_VOLUME.partition(":")
     for spec, path in ((oem(cmdline).spec, OEM), (persistent, mountpoint)):
@@ -249,8 +251,7 @@ def evidence_places(cmdline: Cmdline, devices: Devices) -> tuple[Place, ...]:
             device = devices.find(spec, near=state, home_only=path == OEM)
         except DeviceError:
             continue
-        own = state is not None and device.is_on(state.disks)
-        places.append(Place(device=device, path=path, own_disk=own))
+        places.append(Place(device=device, path=path, own_disk=device.is_on(home)))
     if state is not None:
         places.append(Place(device=state, path=STATE, own_disk=True, remount=True))
     return tuple(places)
