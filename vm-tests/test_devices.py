@@ -18,6 +18,7 @@ import stacks
 from disk import Disk, Partition, make_disk
 from machine import Extra, Guest, Machine
 from report import Report
+from units import unit
 
 OWN = "disk0"  # the serial of the machine's own disk
 PLACES = {"/run/initramfs/cos-state": "state", "/sysroot/oem": "oem", "/sysroot/usr/local": "persistent"}
@@ -35,18 +36,49 @@ while read -r _ _ number _ target _; do
 done < /proc/self/mountinfo
 """
 MDSTAT = "cat /proc/mdstat"
-SLOW = 'ACTION=="add", SUBSYSTEM=="block", {match}, PROGRAM="/bin/sleep {seconds}"\n'
+STICK = """
+until [ -e /sys/class/block/sda1 ]; do sleep 0.1; done
+blkid -p -s LABEL -o value /dev/sda1
+"""
+# Says on the console what happens, for somebody outside who plugs what comes next.
+WATCH = """\
+[Unit]
+DefaultDependencies=no
+IgnoreOnIsolate=yes
+{order}
+[Service]
+Type=oneshot
+ExecStart=/bin/sh /watch
+"""
+DISK_COMES_LAST = """\
+until [ "$(systemctl show -P SubState immucore.service)" = start ]; do sleep 0.2; done
+echo the agent waits > /dev/console
+until [ -e /sys/class/block/sda1 ]; do sleep 0.1; done
+sleep {seconds}
+echo the stick is there > /dev/console
+"""
+STICK_COMES_LAST = """\
+until [ -e /sys/class/block/vda5 ]; do sleep 0.1; done
+echo the disk is there > /dev/console
+{hold}
+"""
+HELD_UP = "run/held-up"
+SLOW = (
+    'ACTION=="add", SUBSYSTEM=="block", {match}, '
+    f"PROGRAM=\"/bin/sh -c ': > /{HELD_UP}; exec sleep {{seconds}}'\"\n"
+)
+SLOW_RULES = "etc/udev/rules.d/01-slow.rules"
 
 
 def held_up(match: str, boot: int) -> dict[str, str]:
     """Return the files of an initramfs in which udev is slow with some disks, each boot differently."""
     rule = SLOW.format(match=match, seconds=0.2 + boot % 5 * 0.4)
-    return {"etc/udev/rules.d/01-slow.rules": rule}
+    return {SLOW_RULES: rule}
 
 
 def shuffled(boot: int, other: str) -> tuple[bool, dict[str, str]]:
     """Say whether the other disk comes first on the bus, and make udev slow with one of the two, or none."""
-    slow = (None, OWN, other)[boot // 2 % 3]
+    slow = (OWN, other, None)[boot % 3]
     return boot % 2 == 1, held_up(f'ATTRS{{serial}}=="{slow}"', boot) if slow else {}
 
 
@@ -58,9 +90,12 @@ def foreign(work: Path, label: str) -> Disk:
 
 def booted(machine: Machine, *commands: str, **options: Any) -> Report:
     """Boot to the end of the initramfs, which must be a good one."""
-    report = machine.boot(limit_s=120, until="initramfs", commands=(IDENTIFY, *commands), **options)
+    report = machine.boot(
+        limit_s=120, until="initramfs", commands=(IDENTIFY, *commands), files=(HELD_UP,), **options
+    )
     assert report.stage == "initramfs", report.console[-3000:]
     assert report.result.get("outcome") == "ok", report.console[-3000:]
+    assert report.has(HELD_UP) == (SLOW_RULES in machine.initramfs_files)
     return report
 
 
@@ -177,7 +212,6 @@ def test_label_on_a_usb_stick(  # noqa: PLR0917 - fixtures, by their names
     """Plugged before the boot, in it before the machine's own disk is there, or in it after that."""
     stick = foreign(work, label).path
     first, files = shuffled(boot, "stick")
-    early, late = 2 + boot % 4 * 0.7, 6 + boot % 3 * 1.5
 
     def plug_stick(guest: Guest) -> None:
         guest.plug(stick, "stick", bus="usb")
@@ -187,14 +221,26 @@ def test_label_on_a_usb_stick(  # noqa: PLR0917 - fixtures, by their names
 
     if moment == "before":
         extra = Extra(stick, "stick", bus="usb", first=first)
-        report = booted(machine(usb_disk, expect.ACTIVE, extra_disks=[extra], initramfs_files=files))
+        stuck = machine(usb_disk, expect.ACTIVE, extra_disks=[extra], initramfs_files=files)
+        report = booted(stuck, STICK)
     elif moment == "during":
+        script = DISK_COMES_LAST.format(seconds=boot % 3 * 0.7)
+        files |= {**unit("watch", WATCH.format(order="")), "watch": script}
         without = machine(usb_disk, expect.ACTIVE, with_disk=False, initramfs_files=files)
-        report = booted(without, when=[(early, plug_stick), (late, plug_disk)])
-    else:
-        report = booted(machine(usb_disk, expect.ACTIVE, initramfs_files=files), when=[(early, plug_stick)])
+        report = booted(
+            without, STICK, when=[("the agent waits", plug_stick), ("the stick is there", plug_disk)]
+        )
+    else:  # with the agent at work, or right before it begins
+        held = boot % 2 == 1
+        hold = "until [ -e /sys/class/block/sda1 ]; do sleep 0.1; done" if held else ""
+        files = held_up(f'ATTRS{{serial}}=="{OWN}"', boot)
+        files |= unit("watch", WATCH.format(order="Before=immucore.service" if held else ""))
+        files["watch"] = STICK_COMES_LAST.format(hold=hold)
+        own = machine(usb_disk, expect.ACTIVE, initramfs_files=files)
+        report = booted(own, STICK, when=[("the disk is there", plug_stick)])
 
     is_own(report, usb_disk)
+    assert report.output(STICK) == label
 
 
 def test_usb_stick_does_not_configure_a_machine_without_oem(
@@ -210,10 +256,11 @@ def test_usb_stick_does_not_configure_a_machine_without_oem(
     extra = Extra(stick.path, "stick", bus="usb", first=first)
 
     report = machine(own, expect.ACTIVE, extra_disks=[extra], initramfs_files=files).boot(
-        limit_s=120, until="initramfs", commands=(IDENTIFY,)
+        limit_s=120, until="initramfs", commands=(IDENTIFY, STICK)
     )
 
     assert report.result["outcome"] == "degraded"
+    assert report.output(STICK) == "COS_OEM"
     is_own(report, own, "/run/initramfs/cos-state", "/sysroot/usr/local")
     assert report.mount("/sysroot/etc").fstype == "overlay"
     with pytest.raises(KeyError, match="/sysroot/oem"):
@@ -257,6 +304,18 @@ def test_luks_with_a_passphrase(machine: Callable[..., Machine], images: Mapping
 
     is_unlocked(report, 1)
     assert any("with a passphrase" in line for line in report.messages("immucore.service"))
+
+
+def test_luks_with_a_wrong_passphrase(machine: Callable[..., Machine], images: Mapping[str, Path]) -> None:
+    typed = [("enter passphrase", lambda guest: guest.type_until("wrong\n", "cannot find a filesystem"))]
+
+    report = machine(
+        stacked_disk(images["luks"]), f"{expect.ACTIVE} rd.cos.timeout=45 rd.cos.fallback=off"
+    ).boot(limit_s=180, when=typed)
+
+    expect.stopped(report, 3, "cannot find a filesystem labelled 'COS_PERSISTENT'", "crypto_LUKS")
+    warnings = "\n".join(report.messages("immucore.service", priority=4))
+    assert "cannot unlock '/dev/vda5' with a passphrase" in warnings
 
 
 def test_luks_with_a_tpm(machine: Callable[..., Machine], images: Mapping[str, Path]) -> None:
