@@ -92,10 +92,13 @@ def devices(boot: str = "auto", *, sysfs: str = SYSFS, udev: str = UDEV, efivars
     for name in sorted(names):
         try:
             directory = f"{sysfs}/{name}"
+            is_loop = name.startswith("loop") and name[4:].isdecimal()
+            if is_loop and not os.path.exists(f"{directory}/loop"):
+                continue  # attached to nothing; a system has many of these
             number = text(f"{directory}/dev").strip()
             if number:  # the paths below the kernel's own NVMe multipath have none
                 record = record_of(f"{udev}/b{number}", directory)
-                if record or not (name.startswith("loop") and name[4:].isdecimal()):  # many, mostly idle
+                if record or not is_loop:
                     nodes[name] = Node(directory, record, names)
         except OSError as error:
             if error.errno not in _GONE:
