@@ -36,6 +36,7 @@ FAT_PROGRAMS = ("fsck.vfat", "fsck.fat", "dosfsck")
 META_BG, METADATA_CSUM = 0x10, 0x400  # s_feature_incompat, s_feature_ro_compat
 
 checked: dict[int, MountError | None] = {}  # by device number: once a boot, whatever comes of it
+rescued: set[int] = set()  # by device number, too: what rescue() has looked at, whatever came of it
 
 
 def check(device: str, fstype: str, reason: str, repair: str, log: Log) -> bool:
@@ -235,8 +236,15 @@ def rescue(wanted: Sequence[Wanted], devices: Devices, repair: str, log: Log) ->
     tried = {}
     for each in wanted:
         device = _broken(each, devices)
-        if device is None or os.stat(device.path).st_rdev in checked:
+        if device is None:
             continue
+        try:
+            number = os.stat(device.path).st_rdev
+        except OSError:  # it has left; the wait looks again
+            continue
+        if number in rescued or number in checked:
+            continue
+        rescued.add(number)
         try:
             tried[each.spec] = _rescue(each, device.path, repair, log)
         except OSError as error:
@@ -251,11 +259,9 @@ def _rescue(each: Wanted, device: str, repair: str, log: Log) -> str:
     known = f"no file system is known on {device}, the partition '{each.partlabel}'"
     found = spares(device)
     if len(found) != 1 or kind != "LABEL" or found[0].label != label:
-        checked[os.stat(device).st_rdev] = None
         return f"cannot find {describe(each.spec)}: {known}, and no backup of its superblock is there"
     argv = _argv("ext4", repair)
     if not argv or repair == "no":
-        checked[os.stat(device).st_rdev] = None
         why = "fsck.repair=no forbids to repair it" if argv else "the initramfs has no e2fsck"
         return f"cannot find {describe(each.spec)}: {known}, and {why}"
     try:

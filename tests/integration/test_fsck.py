@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import struct
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,7 @@ def log() -> Log:
 def _boot() -> None:
     """Begin another boot: what is checked is checked once in each."""
     fsck.checked.clear()
+    fsck.rescued.clear()
 
 
 @pytest.fixture
@@ -372,6 +374,24 @@ def test_rescue_refuses(label: str, repair: str, reason: str, loop: Callable[...
 def test_rescue_touches_nobody_elses(devices: Devices, log: Log) -> None:
     assert fsck.rescue([PERSISTENT], devices, "yes", log) == {}
     assert log.lines == []
+
+
+def test_rescue_gives_up_what_cannot_be_read(tmp_path: Path, log: Log) -> None:
+    """Once: the wait looks again at once after each attempt."""
+    native.require_root()
+    dead = str(tmp_path / "dead")
+    os.mknod(dead, 0o600 | stat.S_IFBLK, os.makedev(240, 77))  # no driver has it
+
+    told = fsck.rescue([PERSISTENT], look(dead), "preen", log)
+
+    assert list(told) == [PERSISTENT.spec]
+    assert told[PERSISTENT.spec].startswith(f"cannot read '{dead}': ")
+    assert fsck.rescue([PERSISTENT], look(dead), "preen", log) == {}
+    assert len(log.lines) == 1
+
+
+def test_rescue_lets_go_what_has_left(tmp_path: Path, log: Log) -> None:
+    assert fsck.rescue([PERSISTENT], look(f"{tmp_path}/gone"), "preen", log) == {}
 
 
 # Growing; ext4, which wants CAP_SYS_RESOURCE, is grown in a VM
