@@ -10,7 +10,7 @@ import json
 import os
 
 from immucore import cmdline, observe, process
-from immucore.devices import HOME_ONLY, MEMBERS, describe, split
+from immucore.devices import BOOTDISK, HOME_ONLY, MEMBERS, describe, split
 from immucore.values import Record
 
 TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
@@ -26,12 +26,13 @@ CRYPTSETUP = ("/usr/lib/systemd/systemd-cryptsetup", "/lib/systemd/systemd-crypt
 KEYS = ("/etc/cryptsetup-keys.d", "/run/cryptsetup-keys.d")  # crypttab(5)
 UNITS = ("/run/systemd/generator", "/run/systemd/generator.early", "/run/systemd/generator.late")
 SWITCHES = {LUKS: "rd.luks", MD: "rd.md", LVM: "rd.lvm"}  # dracut.cmdline(7): 0 leaves them alone
-# What is not complete is started without what it lacks when nothing has been added to it for so long, as
-# mdadm-last-resort@.timer does; earlier, not to miss its own deadline, but never at once: a leg that is only
-# slow would be thrown out.
-DEGRADED_SEC, LEAST_DEGRADED_SEC = 30.0, 10.0
+# What is not complete is started without what it lacks when no member has come for so long, as
+# mdadm-last-resort@.timer does; never earlier: a leg that is only slow would be thrown out.
+DEGRADED_SEC = 30.0
+METADATA_BYTES = 1 << 20  # where pvcreate(8) puts the description of the volume group, unless told otherwise
 MAX_HEADER_BYTES = 4 << 20  # of LUKS2: cryptsetup's LUKS2_HDR_OFFSET_MAX
 SYSFS = "/sys/class/block"
+MD_HINT = "look at them: mdadm --examine --scan; cat /proc/mdstat"
 
 
 class Machine(Record):
@@ -54,6 +55,18 @@ class Job(Record):
     asks: bool = False  # it waits for somebody to type, maybe
 
 
+class Stack(Record):
+    """The members of one array or volume group, as far as they are there."""
+
+    members: tuple[Device, ...]
+    home: bool  # one of them is on a disk of the system
+
+    @property
+    def fstype(self) -> str:
+        """What its members are: MD or LVM."""
+        return self.members[0].fstype
+
+
 class Assembler:
     """What has been started in one wait to bring devices that were not there.
 
@@ -66,7 +79,8 @@ class Assembler:
         self._jobs: dict[str, Job] = {}
         self._tried: set[str] = set()
         self._said: set[str] = set()
-        self._members: frozenset[str] = frozenset()
+        self._kin: dict[tuple[str, str, str, str], bool] = {}
+        self._members: frozenset[tuple[str, str]] = frozenset()
         self._quiet_since = 0.0
         self._switched_off = _switched_off(self._machine.cmdline)
 
@@ -77,13 +91,34 @@ class Assembler:
         tells how the programs have ended.
         """
         self._reap()
-        members = frozenset(device.path for device in devices.all if device.fstype in (MD, LVM))
-        if members != self._members:
-            self._members, self._quiet_since = members, now
-        degraded = now - self._quiet_since >= patience_sec(wanted)
         self._unlock(devices, wanted)
-        self._assemble(devices, degraded=degraded)
-        self._activate(devices, degraded=degraded)
+        locked = {
+            each
+            for device, each in containers(devices, wanted)
+            if _is_named(device, each.spec) and not self._held(device.path)
+        }
+        lost = [each for each in wanted if each not in locked and not devices.answers(each)]
+        home = frozenset().union(*(home_disks(devices, each) for each in wanted))
+        elsewhere = any(each.home != HOME_ONLY for each in lost)
+        stacks = self._stacks(devices, home)
+        allowed = {
+            device.path
+            for stack in stacks
+            for device in stack.members
+            if device.is_on(home) or (not device.removable and (stack.home or elsewhere))
+        }
+        self._tell(stacks, allowed)
+        self._assemble([each for stack in stacks for each in stack.members if each.path in allowed])
+        self._activate(stacks, allowed)
+        whole = [stack for stack in stacks if all(each.path in allowed for each in stack.members)]
+        members = frozenset((each.path, each.uuid) for stack in whole for each in stack.members)
+        if members - self._members:
+            self._quiet_since = now
+        self._members = members
+        if lost and now - self._quiet_since >= DEGRADED_SEC and self._start_degraded(whole):
+            self._quiet_since = (
+                now  # what it brings may be what is wanted: nothing further before that is known
+            )
 
     def close(self) -> None:
         """End what still asks for a passphrase; call it when the wait is over, however it ends."""
@@ -186,69 +221,178 @@ class Assembler:
 
     def _held(self, path: str) -> bool:
         """Tell, of now and not of the last look, whether something has been made of a device."""
-        name = os.path.realpath(path).removeprefix("/dev/").replace("/", "!")
         try:
-            return bool(os.listdir(f"{self._machine.sysfs}/{name}/holders"))
+            return bool(os.listdir(f"{self._machine.sysfs}/{_kernel_name(path)}/holders"))
         except OSError:  # it has left
             return True
 
     # md and LVM
 
-    def _assemble(self, devices: Devices, *, degraded: bool) -> None:
-        """Add each md member to its array, which starts when it is complete; later also without."""
-        members = [device for device in devices.all if device.fstype == MD]
-        free = [device for device in members if not self._held(device.path)]
-        if not members or not (free or degraded):
-            return
-        program = self._program(MD, members[0].path, "mdadm")
-        if not program:
-            return
-        hint = "look at them: mdadm --examine --scan; cat /proc/mdstat"
-        for device in free:
-            what = f"add '{device.path}' to its array"
-            self._start(device.path, (program, "--incremental", device.path), what, hint=hint)
-        if degraded and self._inactive_arrays():
-            argv = (program, "--incremental", "--run", "--scan")
-            key = f"degraded {sorted(self._members)}"
-            self._start(key, argv, "start arrays that lack a member, degraded", hint=hint)
+    def _stacks(self, devices: Devices, home: frozenset[str]) -> list[Stack]:
+        """Sort the members of arrays and volume groups by what they are members of."""
+        groups: list[list[Device]] = []
+        for device in devices.all:
+            if device.fstype in (MD, LVM):
+                own = [group for group in groups if any(self._are_kin(device, each) for each in group)]
+                groups = [group for group in groups if group not in own]
+                groups.append([*(each for group in own for each in group), device])
+        return [
+            Stack(members=tuple(group), home=any(each.is_on(home) for each in group)) for group in groups
+        ]
 
-    def _inactive_arrays(self) -> bool:
-        return any(
-            observe.text(f"{self._machine.sysfs}/{name}/md/array_state").strip() == "inactive"
-            for name in os.listdir(self._machine.sysfs)
-            if name.startswith("md")
-        )
+    def _tell(self, stacks: Sequence[Stack], allowed: set[str]) -> None:
+        for device in (each for stack in stacks for each in stack.members):
+            if device.path not in allowed and device.path not in self._said:
+                self._said.add(device.path)
+                why = "removable" if device.removable else "on another disk than the system"
+                self._log.info(f"'{device.path}' ({device.fstype}) is left alone: it is {why}")
 
-    def _activate(self, devices: Devices, *, degraded: bool) -> None:
+    def _are_kin(self, one: Device, other: Device) -> bool:
+        """Tell whether two are members of the same array or volume group.
+
+        For udev the UUID of an md member is the array's, and that of a physical volume its own.
+        """
+        if one.fstype != other.fstype or not (one.uuid and other.uuid):
+            return False
+        if one.fstype == MD:
+            return one.uuid == other.uuid
+        key = (one.path, one.uuid, other.path, other.uuid)
+        if key not in self._kin:
+            self._kin[key] = one.uuid.encode() in _metadata(other.path) or other.uuid.encode() in _metadata(
+                one.path
+            )
+        return self._kin[key]
+
+    def _assemble(self, members: Sequence[Device]) -> None:
+        """Add each md member to its array, which starts when it is complete."""
+        for device in members:
+            if device.fstype == MD and device.path not in self._tried and not self._held(device.path):
+                program = self._program(MD, device.path, "mdadm")
+                if not program:
+                    return
+                argv = (program, "--incremental", device.path)
+                self._start(device.path, argv, f"add '{device.path}' to its array", hint=MD_HINT)
+
+    def _activate(self, stacks: Sequence[Stack], allowed: set[str], *, mode: str = "complete") -> bool:
         """Activate volume groups, when physical volumes have come that nothing uses yet."""
-        free = sorted(
-            device.path for device in devices.all if device.fstype == LVM and not self._held(device.path)
-        )
-        if not free or any(key.startswith("vg ") for key in self._jobs):
-            return
-        program = self._program(LVM, free[0], "lvm")
+        groups = [
+            paths
+            for stack in stacks
+            if stack.fstype == LVM
+            and (paths := [each.path for each in stack.members if each.path in allowed])
+            and not all(self._held(path) for path in paths)
+        ]
+        paths = sorted(path for group in groups for path in group)
+        key = f"vg {mode} {paths}"
+        if not paths or key in self._tried or any(name.startswith("vg ") for name in self._jobs):
+            return False
+        program = self._program(LVM, paths[0], "lvm")
         if not program:
-            return
-        mode = "degraded" if degraded else "complete"
+            return False
+        what = f"activate the volume groups on {', '.join(paths)}"
         argv = (program, "vgchange", "-aay", "--sysinit", "--activationmode", mode)
-        what = f"activate the volume groups on {', '.join(free)}"
-        self._start(
-            f"vg {mode} {free}",
-            argv,
-            f"{what}, degraded" if degraded else what,
-            hint="look at them: lvm vgs; lvm pvs",
+        what += ", degraded" if mode == "degraded" else ""
+        self._start(key, (*argv, "--config", _only(paths)), what, hint="look at them: lvm vgs; lvm pvs")
+        return True
+
+    def _start_degraded(self, stacks: Sequence[Stack]) -> bool:
+        """Start without the missing members what only can hold what is wanted; tell whether anything was."""
+        if any(name.startswith("vg ") for name in self._jobs):
+            return False
+        lacking = [stack for stack in stacks if self._lacks(stack)]
+        chosen = [stack for stack in lacking if stack.home] or lacking
+        if not all(stack.home for stack in chosen) and len(places := _places(chosen)) > 1:
+            if "places" not in self._said:
+                self._said.add("places")
+                self._log.warning(
+                    "nothing is started degraded: each of these may hold what is missing:"
+                    f" {'; '.join(places)}\n  hint: name the disk of the system by {BOOTDISK}=,"
+                    " or start the right one: mdadm --run /dev/md…;"
+                    " lvm vgchange -ay --activationmode degraded"
+                )
+            return False
+        for stack in chosen:
+            for name in self._inactive_arrays(stack):
+                if program := self._program(MD, f"/dev/{name}", "mdadm"):
+                    what = f"start '/dev/{name}' without the members that it lacks, degraded"
+                    argv = (program, "--run", f"/dev/{name}")
+                    self._start(f"run {name} {_names(stack)}", argv, what, hint=MD_HINT)
+        self._activate(chosen, {each.path for stack in chosen for each in stack.members}, mode="degraded")
+        self._tried.update(f"degraded {_names(stack)}" for stack in chosen)
+        return bool(chosen)
+
+    def _lacks(self, stack: Stack) -> bool:
+        """Tell whether a stack is there in part, and has not been started so."""
+        if f"degraded {_names(stack)}" in self._tried:
+            return False
+        if stack.fstype == MD:
+            return bool(self._inactive_arrays(stack) and self._program(MD, _names(stack), "mdadm"))
+        return bool(self._program(LVM, _names(stack), "lvm")) and not all(
+            self._held(each.path) for each in stack.members
         )
+
+    def _inactive_arrays(self, stack: Stack) -> list[str]:
+        """Name the arrays that wait for more members, and have none but these."""
+        if stack.fstype != MD:
+            return []
+        members = {_kernel_name(each.path) for each in stack.members}
+        found = []
+        for name in os.listdir(self._machine.sysfs):
+            if not name.startswith("md"):
+                continue
+            directory = f"{self._machine.sysfs}/{name}"
+            try:
+                slaves = set(os.listdir(f"{directory}/slaves"))
+                state = observe.text(f"{directory}/md/array_state").strip()
+            except OSError:  # it has left
+                continue
+            if state == "inactive" and slaves and slaves <= members:
+                found.append(name)
+        return found
+
+
+def _kernel_name(path: str) -> str:
+    return os.path.realpath(path).removeprefix("/dev/").replace("/", "!")
+
+
+def _names(stack: Stack) -> str:
+    return ", ".join(sorted(each.path for each in stack.members))
+
+
+def _places(stacks: Sequence[Stack]) -> list[str]:
+    """Name the members of stacks, those that share a disk together: they are of one machine."""
+    groups: list[tuple[set[str], list[str]]] = []
+    for stack in stacks:
+        disks = {disk for each in stack.members for disk in each.disks}
+        own = [group for group in groups if group[0] & disks]
+        groups = [group for group in groups if group not in own]
+        names = [*(name for group in own for name in group[1]), _names(stack)]
+        groups.append((disks.union(*(group[0] for group in own)), names))
+    return [", ".join(names) for _, names in groups]
+
+
+def _metadata(path: str) -> bytes:
+    """Read where a physical volume describes its group, with the UUIDs of all of its members."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(METADATA_BYTES)
+    except OSError:
+        return b""
+
+
+def _only(paths: Sequence[str]) -> str:
+    """Let lvm see nothing but these (lvm.conf(5)); --devices would be of 2.03.12, and Ubuntu 22.04 has .11.
+
+    What could mean something in a regular expression or in the quotes is any character.
+    """
+    patterns = ["".join(each if each.isalnum() or each in "/_-" else "." for each in path) for path in paths]
+    accepted = "".join(f'"a|^{pattern}$|",' for pattern in patterns)
+    return f'devices {{ use_devicesfile=0 filter=[{accepted}"r|.*|"] }}'
 
 
 def _words(finished: process.Finished) -> str:
     """Give the last line that a program printed, which is where it says why."""
     return (finished.output.strip() or f"exit status {finished.status}").splitlines()[-1]
-
-
-def patience_sec(wanted: tuple[Wanted, ...]) -> float:
-    """How long what is incomplete may stay so, before it is started without what it lacks."""
-    longest = max((each.timeout_sec or DEGRADED_SEC * 2 for each in wanted), default=0)
-    return max(LEAST_DEGRADED_SEC, min(DEGRADED_SEC, longest / 2))
 
 
 def containers(devices: Devices, wanted: tuple[Wanted, ...]) -> Iterator[tuple[Device, Wanted]]:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 from fakes import partition
 
-from immucore import assemble, process
-from immucore.assemble import LUKS, LVM, MD, Assembler, Machine, patience_sec, tokens
+from immucore import process
+from immucore.assemble import LUKS, LVM, MD, Assembler, Machine, tokens
 from immucore.devices import BOOTDISK, HOME_ONLY, Device, Devices, Wanted
 from immucore.log import Log
 
@@ -363,58 +363,218 @@ def test_a_switch_that_cannot_be_read_switches_nothing_off(tmp_path: Path) -> No
     assert Stage(tmp_path, "rd.luks=perhaps rd.md").look(STATE, container()) == [unlocking(container())]
 
 
-def test_md_members_are_added_and_later_started_degraded(tmp_path: Path) -> None:
-    stage = Stage(tmp_path)
-    leg = partition(1, "array", MD, "/dev/vdb")
-    array = tmp_path / "sysfs/md127/md"
-    array.mkdir(parents=True)
-    (array / "array_state").write_text("inactive\n")
+def leg(disk: str = "/dev/vdb", array: str = "a", *, removable: bool = False) -> Device:
+    return partition(1, "array", MD, disk).replace(uuid=array, removable=removable)
 
-    assert stage.look(STATE, leg, now=10) == ["/bin/mdadm --incremental /dev/vdb1"]
-    stage.hold(leg)
-    assert len(stage.look(STATE, leg, now=39)) == 1
-    assert stage.look(STATE, leg, now=41)[1:] == ["/bin/mdadm --incremental --run --scan"]
-    assert len(stage.look(STATE, leg, now=42)) == 2
+
+def array(stage: Stage, *legs: Device, name: str = "md127", state: str = "inactive") -> None:
+    """Make an array of members, as mdadm --incremental does."""
+    (stage.top / "sysfs" / name / "md").mkdir(parents=True, exist_ok=True)
+    (stage.top / "sysfs" / name / "md/array_state").write_text(f"{state}\n")
+    for each in legs:
+        (stage.top / "sysfs" / name / "slaves" / each.path[5:]).mkdir(parents=True)
+        stage.hold(each)
+
+
+def volume(disk: str = "/dev/vdb", uuid: str = "pv-b", *, removable: bool = False) -> Device:
+    return partition(1, "", LVM, disk).replace(uuid=uuid, removable=removable)
+
+
+def vgchange(mode: str, *names: str) -> str:
+    accepted = "".join(f'"a|^/dev/{name}$|",' for name in names)
+    return (
+        f"/bin/lvm vgchange -aay --sysinit --activationmode {mode}"
+        f' --config devices {{ use_devicesfile=0 filter=[{accepted}"r|.*|"] }}'
+    )
+
+
+OEM = Wanted(spec="LABEL=COS_OEM", timeout_sec=10, near="LABEL=COS_STATE", home=HOME_ONLY)
+RUN = "/bin/mdadm --run /dev/md127"
+
+
+@pytest.mark.parametrize("seconds", [0, 10, 40, 180])
+def test_md_members_are_added_and_later_started_degraded(tmp_path: Path, seconds: int) -> None:
+    stage = Stage(tmp_path)
+    wanted = PERSISTENT.replace(timeout_sec=seconds)
+
+    assert stage.look(STATE, leg(), wanted=wanted, now=10) == ["/bin/mdadm --incremental /dev/vdb1"]
+    array(stage, leg())
+    assert len(stage.look(STATE, leg(), wanted=wanted, now=39)) == 1
+    assert stage.look(STATE, leg(), wanted=wanted, now=41)[1:] == [RUN]
+    assert len(stage.look(STATE, leg(), wanted=wanted, now=100)) == 2
+
+
+@pytest.mark.parametrize("fstype", [MD, LVM])
+def test_what_is_removable_is_left_alone(tmp_path: Path, fstype: str) -> None:
+    stage = Stage(tmp_path)
+    stick = partition(1, "array", fstype, "/dev/sdb").replace(removable=True)
+    array(stage, stick)  # others have made it
+    (tmp_path / "sysfs/sdb1/holders/dm-0").rmdir()
+
+    assert stage.look(STATE, stick, now=10) == []
+    assert stage.look(STATE, stick, now=41) == []
+    assert stage.lines == [f"<6> '/dev/sdb1' ({fstype}) is left alone: it is removable"]
+
+
+def test_a_system_on_a_removable_disk_has_its_array_there(tmp_path: Path) -> None:
+    stage, state = Stage(tmp_path), partition(4, "COS_STATE", disk="/dev/sdb").replace(removable=True)
+    stick = leg("/dev/sdb", removable=True)
+    near = PERSISTENT.replace(near="LABEL=COS_STATE")
+
+    assert stage.look(state, stick, wanted=near) == ["/bin/mdadm --incremental /dev/sdb1"]
+
+
+@pytest.mark.parametrize("member", [leg(), volume()])
+def test_what_is_only_at_home_needs_nothing_foreign(tmp_path: Path, member: Device) -> None:
+    stage = Stage(tmp_path)
+
+    assert stage.look(STATE, member, wanted=OEM, now=10) == []
+    array(stage, *([member] if member.fstype == MD else []))
+    assert stage.look(STATE, member, wanted=OEM, now=41) == []
+    assert stage.lines[0].endswith("is left alone: it is on another disk than the system")
+
+
+def test_the_other_leg_of_an_array_at_home_is_no_stranger(tmp_path: Path) -> None:
+    started = Stage(tmp_path).look(STATE, leg("/dev/vda"), leg("/dev/vdb"), wanted=OEM)
+
+    assert [argv.split()[-1] for argv in started] == ["/dev/vda1", "/dev/vdb1"]
+
+
+def test_an_array_is_not_started_without_a_leg_that_is_left_alone(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    legs = leg("/dev/vda"), leg("/dev/sdb", removable=True)
+
+    assert stage.look(STATE, *legs, now=10) == ["/bin/mdadm --incremental /dev/vda1"]
+    array(stage, legs[0])
+    assert len(stage.look(STATE, *legs, now=41)) == 1
+
+
+def test_what_has_an_answer_needs_nothing_degraded(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    array(stage, leg())
+    other = partition(5, "COS_PERSISTENT")
+
+    stage.look(STATE, other, leg(), now=10)
+    assert stage.look(STATE, other, leg(), now=41) == []
+
+
+def test_nothing_foreign_is_started_degraded_while_somebody_types(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    array(stage, leg())
+
+    stage.look(STATE, container(), leg(), now=10)
+    assert stage.look(STATE, container(), leg(), now=100) == [unlocking(container())]
+
+
+def test_an_array_of_somebody_else_is_not_run(tmp_path: Path) -> None:
+    """Members that are no members for udev, or are not known to it at all."""
+    stage = Stage(tmp_path)
+    array(stage, leg(), leg("/dev/vdx"))
+
+    stage.look(STATE, leg(), now=10)
+    assert stage.look(STATE, leg(), now=41) == []
+
+
+def test_an_array_at_home_is_started_before_a_foreign_one(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    own, foreign = leg("/dev/vda", "home"), leg("/dev/vdb", "foreign")
+    array(stage, own)
+    array(stage, foreign, name="md1")
+
+    stage.look(STATE, own, foreign, now=10)
+    assert stage.look(STATE, own, foreign, now=41) == [RUN]
+    array(stage, name="md127", state="active")
+    assert len(stage.look(STATE, own, foreign, now=70)) == 1
+    assert stage.look(STATE, own, foreign, now=72)[1:] == ["/bin/mdadm --run /dev/md1"]
+
+
+def test_of_several_foreign_arrays_none_is_started_degraded(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    strangers = leg("/dev/vdb", "b"), leg("/dev/vdc", "c")
+    array(stage, strangers[0])
+    array(stage, strangers[1], name="md1")
+
+    stage.look(STATE, *strangers, now=10)
+    assert stage.look(STATE, *strangers, now=41) == []
+    assert stage.look(STATE, *strangers, now=42) == []
+    assert stage.lines == [
+        "<4> nothing is started degraded: each of these may hold what is missing: /dev/vdb1; /dev/vdc1",
+        "<4>   hint: name the disk of the system by rd.cos.bootdisk=, or start the right one:"
+        " mdadm --run /dev/md…; lvm vgchange -ay --activationmode degraded",
+    ]
+
+
+def test_the_arrays_of_one_disk_are_of_one_machine(tmp_path: Path) -> None:
+    """Its other disk is dead, and nobody says which one it was booted from."""
+    stage = Stage(tmp_path)
+    legs = leg("/dev/vda", "state"), leg("/dev/vda", "data").replace(path="/dev/vda2")
+    array(stage, legs[0])
+    array(stage, legs[1], name="md1")
+    state = Wanted(spec="LABEL=COS_STATE", timeout_sec=180)
+
+    stage.look(*legs, wanted=state, now=10)
+    assert sorted(stage.look(*legs, wanted=state, now=41)) == ["/bin/mdadm --run /dev/md1", RUN]
 
 
 def test_an_array_that_runs_is_left_alone(tmp_path: Path) -> None:
     stage = Stage(tmp_path)
-    leg = partition(1, "array", MD, "/dev/vdb")
-    array = tmp_path / "sysfs/md127/md"
-    array.mkdir(parents=True)
-    (array / "array_state").write_text("active\n")
-    stage.hold(leg)
+    array(stage, leg(), state="active")
 
-    assert stage.look(STATE, leg, now=10) == []
-    assert stage.look(STATE, leg, now=100) == []
+    assert stage.look(STATE, leg(), now=10) == []
+    assert stage.look(STATE, leg(), now=100) == []
+
+
+def test_an_array_that_leaves_is_left_alone(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.hold(leg())
+    (tmp_path / "sysfs/md127").mkdir()
+
+    stage.look(STATE, leg(), now=10)
+    assert stage.look(STATE, leg(), now=41) == []
 
 
 def test_a_new_member_starts_the_patience_anew(tmp_path: Path) -> None:
     stage = Stage(tmp_path)
-    legs = [partition(number, "array", MD, "/dev/vdb") for number in (1, 2)]
-    array = tmp_path / "sysfs/md127/md"
-    array.mkdir(parents=True)
-    (array / "array_state").write_text("inactive\n")
+    legs = leg(), leg("/dev/vdc")
+    array(stage, legs[0])
 
     stage.look(STATE, legs[0], now=10)
-    assert len(stage.look(STATE, *legs, now=41)) == 2
+    assert stage.look(STATE, *legs, now=39) == ["/bin/mdadm --incremental /dev/vdc1"]
+    assert len(stage.look(STATE, *legs, now=68)) == 1
 
 
 def test_volume_groups_are_activated_complete_and_later_degraded(tmp_path: Path) -> None:
     stage = Stage(tmp_path)
-    volume = partition(1, "", LVM, "/dev/vdb")
-    argv = "/bin/lvm vgchange -aay --sysinit --activationmode"
 
-    assert stage.look(STATE, volume, now=10) == [f"{argv} complete"]
-    assert len(stage.look(STATE, volume, now=41)) == 1  # the first still runs
+    assert stage.look(STATE, volume(), now=10) == [vgchange("complete", "vdb1")]
+    assert len(stage.look(STATE, volume(), now=41)) == 1  # the first still runs
     stage.started[0].result = process.Finished(status=0, output="")
-    assert stage.look(STATE, volume, now=42)[1:] == [f"{argv} degraded"]
+    assert stage.look(STATE, volume(), now=42)[1:] == [vgchange("degraded", "vdb1")]
     stage.started[1].result = process.Finished(status=0, output="")
-    assert len(stage.look(STATE, volume, now=43)) == 2
+    assert len(stage.look(STATE, volume(), now=100)) == 2
 
 
-@pytest.mark.parametrize(
-    ("seconds", "patience"), [(180, 30), (0, 30), (40, 20), (10, assemble.LEAST_DEGRADED_SEC)]
-)
-def test_patience(seconds: int, patience: float) -> None:
-    assert patience_sec((PERSISTENT.replace(timeout_sec=seconds),)) == patience
+def test_lvm_sees_nothing_that_is_left_alone(tmp_path: Path) -> None:
+    strange = volume().replace(path='/dev/mapper/a"|b')
+    stage = Stage(tmp_path)
+    (stage.top / 'sysfs/mapper!a"|b/holders').mkdir(parents=True)
+
+    assert stage.look(STATE, volume("/dev/sdb", "usb", removable=True), strange) == [
+        vgchange("complete", "mapper/a..b")
+    ]
+
+
+def test_a_volume_group_is_not_activated_without_a_member_that_is_left_alone(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    (tmp_path / "vda1").write_bytes(b"LABELONE".ljust(8192, b"\0") + b'pv1 { id = "usb-1" }')
+    own = volume().replace(path=f"{tmp_path}/vda1", disks=("/dev/vda",))
+    (tmp_path / "sysfs" / own.path.replace("/", "!") / "holders").mkdir(parents=True)
+    other = volume("/dev/sdb", "usb-1", removable=True)
+    (tmp_path / "sysfs/sdb1/holders").mkdir(parents=True)
+    devices = Devices(all=(STATE, own, other))
+
+    stage.assembler.look(devices, (PERSISTENT,), 10.0)
+    stage.started[0].result = process.Finished(status=0, output="")
+    stage.assembler.look(devices, (PERSISTENT,), 41.0)
+
+    assert [child.argv[5] for child in stage.started] == ["complete"]
