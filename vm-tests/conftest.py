@@ -13,6 +13,10 @@ import disk as disks
 import pytest
 from machine import Machine
 
+RACES, CYCLES = (
+    1,
+    2,
+)  # without --boots: machines that are made to race, machines that are switched on and off
 CONSOLE_LINES = 60  # of a failed test's console, in pytest's output
 WORK = pytest.StashKey[Path]()
 FAILED = pytest.StashKey[bool]()
@@ -20,7 +24,7 @@ FAILED = pytest.StashKey[bool]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let `make soak` ask for more boots of what must go well every time."""
-    parser.addoption("--boots", type=int, default=2, help="how often a soak test boots its machine")
+    parser.addoption("--boots", type=int, help="how often a soak test boots its machine")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -28,7 +32,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "boot" in metafunc.fixturenames:
         boots = [
             pytest.param(number, marks=pytest.mark.soak, id=f"boot{number}")
-            for number in range(metafunc.config.getoption("--boots"))
+            for number in range(metafunc.config.getoption("--boots") or RACES)
         ]
         metafunc.parametrize("boot", boots)
 
@@ -73,8 +77,7 @@ def trixie_disk() -> disks.Disk:
 @pytest.fixture
 def boots(request: pytest.FixtureRequest) -> int:
     """Return how often a soak test boots its machine."""
-    number: int = request.config.getoption("--boots")
-    return number
+    return request.config.getoption("--boots") or CYCLES
 
 
 @pytest.fixture
