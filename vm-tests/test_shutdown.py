@@ -77,9 +77,18 @@ def assert_clean(disk: Disk, raw: Path) -> None:
 
 
 def table(report: Report) -> list[tuple[str, ...]]:
-    """Return the mount table but for what services have of their own."""
+    """Return the mount table but for what services have of their own.
+
+    Linux shows uuid=on for an overlay only in the boot that made its upper directory (uuid=auto, since 6.6).
+    """
     return sorted(
-        (mount.target, mount.fstype, mount.source, mount.root, *mount.options)
+        (
+            mount.target,
+            mount.fstype,
+            mount.source,
+            mount.root,
+            *(each for each in mount.options if each != "uuid=on"),
+        )
         for mount in report.mountinfo
         if not mount.target.startswith("/run/credentials/")
     )
