@@ -164,6 +164,24 @@ def test_isolate_storm_loses_no_mount(machine: Callable[..., Machine], disk: Dis
             assert (target.removeprefix("/sysroot") or "/") in mounted
 
 
+# Late, when the root is mounted from the device, udev says what was true before: that nothing is attached to it.
+STALE_RULE = """\
+SUBSYSTEM=="block", KERNEL=="loop*", ACTION=="add", ENV{SYSTEMD_READY}="1"
+SUBSYSTEM=="block", KERNEL=="loop*", ACTION=="change", \\
+    PROGRAM="/bin/sleep 0.2", ENV{SYSTEMD_READY}="0"
+"""
+
+
+def test_what_udev_says_late_of_a_loop_device_costs_no_mount(
+    machine: Callable[..., Machine], disk: Disk
+) -> None:
+    stale = {"etc/udev/rules.d/99-t-stale.rules": STALE_RULE}
+
+    report = machine(disk, expect.ACTIVE, initramfs_files=stale).boot(limit_s=90)
+
+    expect.healthy(report, "active", "/cOS/active.img")
+
+
 def test_guard_stops_a_boot_without_a_result(machine: Callable[..., Machine], disk: Disk) -> None:
     """Somebody unmounts what the agent mounted: the root is not switched."""
     unmount = """\
