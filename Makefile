@@ -73,7 +73,7 @@ images: deps freeze  ## build the test derivatives: root trees, initramfs images
 	$(BIN)/python vm-tests/derivative.py
 
 vm-test: deps freeze  ## boot the derivatives in QEMU, two at a time
-	$(BIN)/pytest vm-tests -n 2 --dist worksteal
+	$(BIN)/pytest vm-tests -n 2 --dist worksteal --durations=15
 
 fuzz: $(VENV)/.fuzz  ## fuzz what reads the texts from outside (FUZZ_SECONDS=60 each); findings in build/fuzz
 	@$(BIN)/python tests/fuzz/fuzz.py

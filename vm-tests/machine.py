@@ -42,6 +42,7 @@ QEMU = (
     " -no-reboot -object rng-builtin,id=rng -device virtio-rng-pci,rng=rng"
 )
 REPORT_MIB = 32
+PATIENCE = 2.0  # limits are for a host that boots in 15 s; half as fast has to do too
 INSIST_S = 5.0
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -116,7 +117,7 @@ class Machine:
         poweroff: str = "",
         icount_shift: int | None = None,
     ) -> Report:
-        """Boot until the machine has reported and is off, or for `limit_s` seconds.
+        """Boot until the machine has reported and is off, or for `limit_s` seconds, PATIENCE times.
 
         `commands` are run by sh inside the machine before it reports, `files` are paths (with patterns) to
         bring along. `when` has actions to take after so many seconds, or when a line of the console matches
@@ -151,7 +152,7 @@ class Machine:
             if self.tpm:
                 arguments += stack.enter_context(self.security_chip(self.tpm))
             guest = stack.enter_context(Guest(self.work / f"console.{self.boots}", arguments))
-            ended, seconds = guest.run(limit_s, when)
+            ended, seconds = guest.run(limit_s * PATIENCE, when)
         report = Report(guest.console, ended, seconds, tuple(commands), read_answer(request))
         if self.initramfs_files:
             initrd.unlink()

@@ -111,7 +111,7 @@ def test_persistent_absent(machine: Callable[..., Machine], cos_disk: Callable[.
 def test_late_disk_is_waited_for(machine: Callable[..., Machine], disk: Disk) -> None:
     late = machine(disk, expect.ACTIVE.replace(" quiet", ""), with_disk=False)
 
-    report = late.boot(limit_s=120, when=[(40.0, lambda guest: guest.plug(disk.path, "late"))])
+    report = late.boot(limit_s=120, when=[(60.0, lambda guest: guest.plug(disk.path, "late"))])
 
     assert (report.stage, report.slot, report.state) == ("system", "active", "running")
     assert report.result["outcome"] == "ok"
@@ -164,7 +164,7 @@ def test_isolate_storm_loses_no_mount(machine: Callable[..., Machine], disk: Dis
             assert (target.removeprefix("/sysroot") or "/") in mounted
 
 
-# Late, when the root is mounted from the device, udev says what was true before: that nothing is attached to it.
+# When the root is mounted from it, udev says of the loop device what was true before: nothing is attached.
 STALE_RULE = """\
 SUBSYSTEM=="block", KERNEL=="loop*", ACTION=="add", ENV{SYSTEMD_READY}="1"
 SUBSYSTEM=="block", KERNEL=="loop*", ACTION=="change", \\
