@@ -54,7 +54,7 @@ class Cmdline(Record):
     @property
     def bystander(self) -> bool:
         """Whether somebody else mounts the root, and the agent only says which mode it is."""
-        return self.disable or self.root.startswith("live:")
+        return self.root.startswith("live:") or (self.disable and bool(self.image))
 
     @property
     def fsck_repair_allowed(self) -> str:

@@ -329,6 +329,7 @@ def test_debug_rw(machine: Machine, agent: Sequence[str]) -> None:
         (f"{ACTIVE} elemental.disable", "active"),
         ("root=live:CDLABEL=COS_LIVE", "live"),
         ("root=/dev/vda1 ro quiet", ""),
+        ("root=/dev/vda1 rd.cos.disable", ""),
     ],
 )
 def test_leaves_the_machine_alone(machine: Machine, agent: Sequence[str], cmdline: str, mode: str) -> None:

@@ -65,6 +65,7 @@ def generate(request: pytest.FixtureRequest, tmp_path: Path) -> Generate:
         "xcos-img/filename=/a cos-img/filenamex=/a",
         'cmd="x cos-img/filename=/cOS/active.img"',
         "root=/dev/sda1 -- cos-img/filename=/cOS/active.img",
+        "rd.cos.disable",
         "rd.cos.disable=0",
         "rd.cos.disable=maybe",
         "rd.cos.disable rd.immucore.disable=off",
@@ -121,7 +122,7 @@ def test_takes_part_when_the_image_cannot_be_read(generate: Generate, line: str)
         f"{IMAGE} elemental.disable=Yes root=LABEL=COS_STATE",
         f"root=live:CDLABEL=COS_LIVE {IMAGE}",
         "root=live:CDLABEL=COS_LIVE",
-        "rd.cos.disable=0 rd.cos.disable",
+        f"rd.cos.disable=0 rd.cos.disable {IMAGE}",
     ],
 )
 def test_is_only_wanted_when_switched_off_or_live(generate: Generate, line: str) -> None:

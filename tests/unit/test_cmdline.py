@@ -298,6 +298,8 @@ def test_what_is_not_ours_or_asks_for_what_happens_anyway_is_no_warning(line: st
         ("", False, False),
         ("cos-img/filename=/a.img rd.cos.disable", False, True),
         ("cos-img/filename=/a.img rd.cos.disable=0", True, False),
+        ("root=/dev/sda1 rd.cos.disable", False, False),
+        ("root=live:/dev/sr0", False, True),
         ("cos-img/filename=/a.img root=live:/dev/sr0", False, True),
     ],
 )

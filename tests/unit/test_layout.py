@@ -89,7 +89,9 @@ def test_mode_and_partition(line: str, mode: str, where: str) -> None:
     assert cos.root_devices(asked(line))[0] == Wanted(spec=where, timeout_sec=180, home=HOME_FIRST)
 
 
-@pytest.mark.parametrize("line", ["", "root=UUID=1", "root=live:/dev/sr0 cos-img/filename=/cOS/active.img"])
+@pytest.mark.parametrize(
+    "line", ["root=live:LABEL=X", "root=live:/dev/sr0 cos-img/filename=/cOS/active.img"]
+)
 def test_live(line: str) -> None:
     assert cos.mode(asked(line)) == "live"
 
@@ -132,7 +134,7 @@ def test_what_nobody_can_boot(line: str, message: str) -> None:
 
 @pytest.mark.parametrize("mode", ["active", "passive", "recovery", "live"])
 def test_sentinels(mode: str) -> None:
-    line = "" if mode == "live" else f"elemental.mode={mode} elemental.image=/x"
+    line = "root=live:/dev/sr0" if mode == "live" else f"elemental.mode={mode} elemental.image=/x"
     plan = cos.sentinels(asked(line))
     assert [(each.target, each.content) for each in plan if isinstance(each, WriteFile)] == [
         (f"/run/cos/{mode}_mode", "1"),

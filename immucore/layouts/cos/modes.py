@@ -42,7 +42,7 @@ def mode(cmdline: Cmdline) -> str:
                 hint="write elemental.mode=active, elemental.mode=passive or elemental.mode=recovery",
             )
         return cmdline.mode
-    if cmdline.root.startswith("live:") or not cmdline.image:
+    if cmdline.root.startswith("live:"):
         return "live"
     for name, row in MODES.items():
         if row.image_label and cmdline.root == f"LABEL={row.image_label}":
