@@ -40,7 +40,11 @@ _FSTAB_ONLY = (
     "_netdev",
     "nofail",
 )  # mount(8)
-_NO_FLAGS = ("defaults", "rw", "suid", "dev", "exec", "async")  # only undo what is not set anyway
+# Only undo what is not set anyway.
+_NO_FLAGS = (
+    *("defaults", "rw", "suid", "dev", "exec", "async", "loud", "symfollow", "noiversion", "nolazytime"),
+    *("atime", "diratime", "norelatime", "nostrictatime", "nomand"),
+)
 
 
 class Kernel:

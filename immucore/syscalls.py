@@ -21,6 +21,8 @@ MS = {
     "nodiratime": 2048,
     "relatime": 1 << 21,
     "strictatime": 1 << 24,
+    "silent": 1 << 15,
+    "iversion": 1 << 23,
     "lazytime": 1 << 25,
 }  # mount(2), linux/mount.h
 MS_BIND = 4096

@@ -569,6 +569,21 @@ def test_options_of_fstab_reach_the_kernel_as_flags() -> None:
     assert (flags, data) == (1024 | 4, "errors=remount-ro")
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("atime", "diratime", "norelatime", "nostrictatime", "relatime", "strictatime", "nolazytime"),
+        *("lazytime", "loud", "silent", "noiversion", "iversion", "symfollow", "nosymfollow", "async"),
+        *("sync", "dirsync", "suid", "dev", "exec"),
+    ],
+)
+@isolated(user=True)
+def test_what_mount_takes_for_any_file_system_is_mounted(tmp_path: Path, option: str) -> None:
+    linux.Kernel(root="/none").mount("tmpfs", str(tmp_path), "tmpfs", (option,))
+
+    assert any(mount.target == str(tmp_path) for mount in observe.mounts())
+
+
 def lost_paths() -> Sequence[tuple[str, type[Operation]]]:
     """Name the operations that a plan of the executor can lose."""
     return [("etc", Overlay), ("var", Overlay), ("data", Mount)]
