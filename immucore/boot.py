@@ -105,7 +105,7 @@ class Boot:
         self._do(state)
         done = [step.operation for step in self.record if step.outcome in SUCCEEDED]
         # Read once more: where /etc is persistent, the user's lines are in what is there now.
-        self._do(_fstab(done, fstab.render(done, observe.image_fstab(SYSROOT)), asked))
+        self._do(fstab_plan(done, observe.image_fstab(SYSROOT), asked))
         if self.slot.instead_of:
             self._do(layout.fell_back(self.slot, report.why_not(self.failures)))
 
@@ -257,9 +257,10 @@ def from_kernel(error: OSError) -> MountError:
     )
 
 
-def _fstab(done: list[Operation], content: str, asked: Cmdline) -> Plan:
+def fstab_plan(done: list[Operation], image_fstab: str, asked: Cmdline) -> Plan:
     """Put fstab into the new root; where /etc cannot be written, bind a file of /run over the image's."""
     target, why = SYSROOT + FSTAB, "the booted system has to know what is mounted"
+    content = fstab.render(done, image_fstab)
     if asked.debug_rw or any(each.target == f"{SYSROOT}/etc" for each in done):
         return Plan(
             operations=(WriteFile(target=target, content=content, why=why, criticality="important"),)

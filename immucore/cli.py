@@ -10,9 +10,10 @@ import sys
 from typing import TYPE_CHECKING
 
 from immucore import __version__, cmdline, layouts, observe, report
-from immucore.boot import INITRD_RELEASE, image_of
+from immucore.boot import INITRD_RELEASE, fstab_plan, image_of
 from immucore.devices import BOOTDISK, Device, Devices
 from immucore.errors import CmdlineError, ImmucoreError
+from immucore.execute import SUCCEEDED
 from immucore.plan import REQUIRED, SYSROOT, Missing, Plan, as_booted, is_below
 from immucore.self_test import self_test
 
@@ -23,6 +24,7 @@ LSBLK = (
     "lsblk --bytes --pairs --output PATH,KNAME,PKNAME,TYPE,SIZE,FSTYPE,LABEL,UUID,PARTLABEL,PARTUUID,"
     "MODEL,SERIAL,TRAN,RM"
 )
+CMDLINE = "/proc/cmdline"
 _DESCRIPTION = "The early-boot agent of image-based Linux: from a disk with images to a running system."
 _SOURCES = "By default it looks at this machine: /proc/cmdline, the udev database, the image that is booted."
 _EVIDENCE = (
@@ -115,8 +117,25 @@ def planned(asked: cmdline.Cmdline, devices: Devices, root: str, run: str) -> Pl
         )
     layout = layouts.select(asked)
     image = image_of(layout, asked, root, run)
-    whole: Plan = layout.root(asked, devices) + layout.state(asked, devices, image) + layout.sentinels(asked)
+    mounts: Plan = layout.root(asked, devices) + layout.state(asked, devices, image)
+    whole: Plan = mounts + fstab_plan([*mounts], image.fstab, asked) + layout.sentinels(asked)
     return whole
+
+
+def _booted(asked: cmdline.Cmdline) -> cmdline.Cmdline:
+    """Return what this machine has booted: where that could not be, not what was asked for (contract §7)."""
+    try:
+        with open(f"{report.DIRECTORY}/steps.json", encoding="utf-8") as file:
+            steps = json.load(file)["steps"]
+    except OSError:  # it has not booted with the agent, or not that far
+        return asked
+    images = [
+        step["operation"]["source"]
+        for step in steps
+        if step["operation"]["kind"] == "loop" and step["outcome"] in SUCCEEDED
+    ]
+    others = [slot for slot in layouts.select(asked).attempts(asked) if slot.instead_of]
+    return next((slot for slot in others if any(path.endswith(slot.image) for path in images)), asked)
 
 
 def _sources(arguments: argparse.Namespace) -> Plan:
@@ -129,6 +148,8 @@ def _sources(arguments: argparse.Namespace) -> Plan:
         devices = observe.devices(asked.boot_disk)
     if arguments.root:
         return planned(asked, devices, arguments.root, os.path.join(arguments.root, "run/cos"))
+    if arguments.cmdline == CMDLINE and asked.engaged:
+        asked = _booted(asked)
     return planned(asked, devices, SYSROOT if os.path.exists(INITRD_RELEASE) else "/", observe.RUN)
 
 
@@ -206,13 +227,9 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text, description=f"{text.capitalize()}. {_SOURCES}")
         command.set_defaults(run=run)
-        command.add_argument(
-            "--cmdline", metavar="FILE", default="/proc/cmdline", help="a kernel command line"
-        )
+        command.add_argument("--cmdline", metavar="FILE", default=CMDLINE, help="a kernel command line")
         command.add_argument("--devices", metavar="FILE", help=f"the output of: {LSBLK}")
-        command.add_argument(
-            "--root", metavar="DIR", default="/", help="where the image is mounted or unpacked"
-        )
+        command.add_argument("--root", metavar="DIR", help="where the image is mounted or unpacked")
         command.add_argument("--json", action="store_true", help="for programs")
         if name == "explain":
             command.add_argument("path", nargs="?", metavar="PATH", help="only what decides about this path")

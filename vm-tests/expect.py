@@ -7,6 +7,7 @@ from report import Report
 RW_PATHS = ("/etc", "/root", "/home", "/opt", "/srv", "/usr/local", "/var")
 ACTIVE = "root=LABEL=COS_STATE cos-img/filename=/cOS/active.img quiet"
 UPTIME = "cat /proc/uptime"
+MAX_FAILURE_S = 60.0  # of the agent, however slow this host is, with its waits
 MAX_UPTIME_S = 30.0  # of the machine's own time: no failure keeps anybody waiting for longer
 
 
@@ -58,6 +59,7 @@ def stopped(report: Report, status: int, *texts: str) -> None:
     assert report.stage == "initramfs", report.console[-3000:]
     assert report.result["outcome"] == "failed"
     assert report.result["exit_status"] == status
+    assert report.result["took_usec"] < MAX_FAILURE_S * 1e6
     for text in texts:
         assert text in report.console
     assert "Traceback" not in report.console

@@ -116,16 +116,36 @@ def test_passive_is_booted_at_once(
     assert len(report.backing_files) == 1
 
 
+@pytest.mark.parametrize("suite", ["bookworm", "trixie"])
+def test_passive_is_booted_to_its_login(
+    machine: Callable[..., Machine], broken_disk: Callable[..., Disk], suite: str
+) -> None:
+    """The first image was attached, opened and let go: nothing of it stands in the way of the second."""
+    disk = broken_disk({"active.img": DAMAGE["no init"][0]}, suite)
+
+    report = machine(disk, expect.ACTIVE).boot(limit_s=120)
+
+    assert (report.stage, report.slot, report.state) == ("system", "passive", "running")
+    assert report.failed_units == []
+    assert "Failed unmounting" not in report.console
+    fell_back(report, "passive", DAMAGE["no init"][1])
+
+
 def test_recovery_is_booted_when_both_are_broken(
     machine: Callable[..., Machine], broken_disk: Callable[..., Disk]
 ) -> None:
     """To its login: nothing of what failed before stands in its way."""
     disk = broken_disk({"active.img": cut(10), "passive.img": zero_superblock})
+    explain = "immucore explain /"
 
-    report = machine(disk, expect.ACTIVE).boot(limit_s=120)
+    report = machine(disk, expect.ACTIVE).boot(limit_s=120, commands=(explain,))
 
     assert (report.stage, report.slot, report.state) == ("system", "recovery", "running")
     assert report.failed_units == []
+    assert report.output(explain).startswith(
+        "loop /run/initramfs/cos-state/cOS/recovery.squashfs on /sysroot (ro)\n"
+        "    because active could not be booted"
+    )
     fell_back(report, "recovery", "bytes of it are missing", "no superblock of")
     assert report.mount("/run/initramfs/cos-state").source == f"/dev/vda{disk.number('recovery')}"
 

@@ -27,6 +27,8 @@ def test_slot_boots(machine: Callable[..., Machine], disk: Disk, image: str) -> 
     assert not report.mount("/").writable
     assert report.mount("/").fstype == ("squashfs" if image.endswith("squashfs") else "ext4")
     expect.volume(report, "/oem", disk.number("oem"))
+    partition = disk.number("recovery" if slot == "recovery" else "state")
+    assert report.mount("/run/initramfs/cos-state").source == f"/dev/vda{partition}"
     if slot == "recovery":
         expect.overlaid(report, *expect.RW_PATHS)
     else:
