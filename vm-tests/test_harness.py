@@ -33,25 +33,6 @@ def test_plain_boot_reports(machine: Callable[..., Machine], plain_disk: Disk) -
     assert 0 < report.initramfs_usec < 60e6
 
 
-def test_failed_boot_reports_from_the_initramfs(machine: Callable[..., Machine], plain_disk: Disk) -> None:
-    broken = machine(plain_disk, "root=PARTLABEL=root rootfstype=vfat", initramfs="plain")
-
-    report = broken.boot(limit_s=60, commands=("cat /proc/uptime",))
-
-    assert (report.ended, report.stage) == ("guest-shutdown", "initramfs")
-    assert report.failed_units == ["sysroot.mount"]
-    assert "Entering emergency mode" in report.console
-    assert report.commands["cat /proc/uptime"].status == 0
-    assert any("sysroot.mount" in message for message in report.messages(priority=4))
-
-
-def test_initramfs_stage_ends_before_the_switch(machine: Callable[..., Machine], plain_disk: Disk) -> None:
-    report = machine(plain_disk, "root=PARTLABEL=root ro quiet", initramfs="plain").boot(until="initramfs")
-
-    assert (report.ended, report.stage, report.slot) == ("guest-shutdown", "initramfs", "active")
-    assert not report.mount("/sysroot").writable
-
-
 def test_writes_are_kept_only_when_asked(machine: Callable[..., Machine], plain_disk: Disk) -> None:
     kept = machine(plain_disk, "root=PARTLABEL=root rw quiet", initramfs="plain", keep_writes=True)
 
@@ -61,17 +42,6 @@ def test_writes_are_kept_only_when_asked(machine: Callable[..., Machine], plain_
     assert report.output("ls /srv") == "kept"
     raw = f"{kept.raw()}?offset={plain_disk.offsets['root']}"
     assert subprocess.run(["e2fsck", "-fn", raw], check=False, capture_output=True).returncode == 0
-
-
-def test_late_disk_is_plugged(machine: Callable[..., Machine], plain_disk: Disk) -> None:
-    late = machine(
-        plain_disk, "root=PARTLABEL=root rw quiet rd.timeout=50", initramfs="plain", with_disk=False
-    )
-
-    report = late.boot(when=[(8.0, lambda guest: guest.plug(plain_disk.path))])
-
-    assert (report.stage, report.state) == ("system", "running")
-    assert report.seconds > 8
 
 
 def test_limit_ends_a_machine_that_hangs(machine: Callable[..., Machine], plain_disk: Disk) -> None:

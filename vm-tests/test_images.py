@@ -94,24 +94,29 @@ def fell_back(report: Report, slot: str, *reasons: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("suite", "damage"),
+    "damages",
     [
-        *(("bookworm", name) for name in DAMAGE),
-        *(("trixie", name) for name in ("cut at 99 %", "other modules")),
+        ("empty",),
+        ("other modules", "zero superblock"),
+        ("cut at 99 %", "no os-release"),
+        ("no init", "cut at 10 %"),
     ],
+    ids=" and ".join,
 )
-def test_passive_is_booted_at_once(
-    machine: Callable[..., Machine], broken_disk: Callable[..., Disk], suite: str, damage: str
+def test_the_next_slot_is_booted_at_once(
+    machine: Callable[..., Machine], broken_disk: Callable[..., Disk], damages: tuple[str, ...]
 ) -> None:
-    spoil, reason = DAMAGE[damage]
-    disk = broken_disk({"active.img": spoil}, suite)
+    """Active is damaged, or active and passive, each in another way."""
+    spoils, reasons = zip(*(DAMAGE[damage] for damage in damages), strict=True)
+    disk = broken_disk(dict(zip(("active.img", "passive.img"), spoils, strict=False)))
+    slot, image = ("passive", "passive.img") if len(damages) == 1 else ("recovery", "recovery.squashfs")
 
     report = machine(disk, expect.ACTIVE).boot(limit_s=60, until="initramfs")
 
-    assert (report.stage, report.slot) == ("initramfs", "passive"), report.console[-3000:]
-    fell_back(report, "passive", reason)
+    assert (report.stage, report.slot) == ("initramfs", slot), report.console[-3000:]
+    fell_back(report, slot, *reasons)
     root = report.mount("/sysroot")
-    assert report.backing_files[root.source].endswith("/cOS/passive.img")
+    assert report.backing_files[root.source].endswith(f"/cOS/{image}")
     assert [mount.target for mount in report.mountinfo].count("/sysroot") == 1
     assert len(report.backing_files) == 1
 

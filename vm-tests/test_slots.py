@@ -24,6 +24,14 @@ def test_slot_boots(machine: Callable[..., Machine], disk: Disk, image: str) -> 
     report = machine(disk, f"{root} cos-img/filename=/cOS/{image} quiet").boot(limit_s=90)
 
     expect.healthy(report, slot, f"/cOS/{image}")
+    told = [
+        line
+        for line in report.messages("immucore.service")
+        if not line.startswith(("Starting ", "Finished "))
+    ]
+    assert len(told) == 1
+    assert told[0].startswith(f"{slot} booted from /cOS/{image} in ")
+    assert "immucore" not in report.console
     assert not report.mount("/").writable
     assert report.mount("/").fstype == ("squashfs" if image.endswith("squashfs") else "ext4")
     expect.volume(report, "/oem", disk.number("oem"))
