@@ -106,7 +106,7 @@ def test_persistent_absent(machine: Callable[..., Machine], cos_disk: Callable[.
 def test_late_disk_is_waited_for(machine: Callable[..., Machine], disk: Disk) -> None:
     cmdline = f"{expect.ACTIVE} systemd.journald.forward_to_console=1"
     late = machine(disk, cmdline, with_disk=False)
-    third_line = r"(?s)waiting for .+?waiting for .+?waiting for "
+    third_line = r"(?s)(?:immucore\[\d+\]: waiting for .+?){3}"
 
     report = late.boot(limit_s=120, when=[(third_line, lambda guest: guest.plug(disk.path, "late"))])
 
