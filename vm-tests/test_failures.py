@@ -12,7 +12,7 @@ import expect
 import pytest
 from disk import Disk, Partition, make_disk
 from machine import Guest, Machine
-from units import unit
+from units import KILL, unit
 
 SHELL = r"sh-5|:/root#|:/#"  # the prompt of an emergency shell
 ALONE = f"{expect.ACTIVE} rd.cos.fallback=off"
@@ -37,6 +37,14 @@ def test_no_state_partition(machine: Callable[..., Machine], cos_disk: Callable[
         report, 3, "cannot find a filesystem labelled 'COS_STATE'", "hint: labels seen: COS_GRUB (/dev/vda1)"
     )
     assert report.result["waits"][0]["missing"] == ["LABEL=COS_STATE"]
+
+
+def test_image_missing(machine: Callable[..., Machine], cos_disk: Callable[..., Disk]) -> None:
+    disk = cos_disk(state={"cOS/active.img": None})
+
+    report = machine(disk, ALONE).boot(limit_s=45)
+
+    expect.stopped(report, 4, "cannot find the image '/run/initramfs/cos-state/cOS/active.img'", "hint: ")
 
 
 def test_image_garbage(machine: Callable[..., Machine], cos_disk: Callable[..., Disk]) -> None:
@@ -134,6 +142,15 @@ def test_two_disks_with_the_same_label(
     expect.stopped(
         report, 3, "cannot choose a filesystem labelled 'COS_STATE': 2 devices have it", "/dev/vdb4"
     )
+
+
+def test_sigterm_is_a_failed_boot(machine: Callable[..., Machine], cos_disk: Callable[..., Disk]) -> None:
+    disk = cos_disk(without=("persistent",))  # so that the agent waits, in the middle of its work
+
+    report = machine(disk, expect.ACTIVE, initramfs_files=unit("kill", KILL)).boot(limit_s=60)
+
+    expect.stopped(report, 4, "stopped by signal 15 in the middle of the boot")
+    assert report.mount("/sysroot").source.startswith("/dev/loop")
 
 
 def test_isolate_storm_loses_no_mount(machine: Callable[..., Machine], disk: Disk) -> None:

@@ -229,6 +229,15 @@ def test_oem_beyond_repair_is_a_degraded_boot(
 # What is missing, or late
 
 
+def test_persistent_is_missing(machine: Callable[..., Machine], cos_disk: Callable[..., Disk]) -> None:
+    disk = cos_disk(without=("persistent",))
+
+    report = machine(disk, f"{expect.ACTIVE} rd.cos.timeout=15").boot(limit_s=120, icount_shift=ICOUNT)
+
+    expect.stopped(report, 3, "cannot find a filesystem labelled 'COS_PERSISTENT'", "hint: labels seen: ")
+    in_time(report)
+
+
 def plug_in(path: Path, name: str) -> Callable[[Guest], None]:
     return lambda guest: guest.plug(path, name)
 
@@ -277,7 +286,8 @@ FILL = {
 STATE = {"cos-layout.env": "PERSISTENT_STATE_PATHS='/etc /var /root'\nPERSISTENT_STATE_BIND=%s\n"}
 
 
-@pytest.mark.parametrize(("full", "bind"), [("bytes", "true"), ("inodes", "false")])
+@pytest.mark.parametrize("bind", ["true", "false"])
+@pytest.mark.parametrize("full", ["bytes", "inodes"])
 def test_full(
     full: str, bind: str, machine: Callable[..., Machine], cos: Callable[..., Disk], work: Path
 ) -> None:
