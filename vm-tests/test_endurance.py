@@ -23,7 +23,8 @@ After=systemd-udev-trigger.service
 ExecStart=-/bin/sh /storm
 """
 # Begins when the agent has subscribed to uevents (protocol 15; the port has the process in its low bits),
-# ends with it, and says how much memory it has taken by then.
+# ends with it, and writes how much memory it has taken by then. The disk comes after the first trigger, when
+# that has been written once: how long one takes, and what of it the agent lives to see, depends on the host.
 STORM = """\
 until agent=$(systemctl show -P MainPID immucore.service) && [ "$agent" != 0 ]; do :; done
 subscribed() {
@@ -38,12 +39,13 @@ while [ $number -lt 2000 ]; do
     echo change > /sys/class/mem/null/uevent
     number=$((number + 1))
 done
-echo 2000 events > /dev/console
 while [ -e /proc/$agent/status ]; do
     udevadm trigger --action=change
     while read -r key value _; do
         [ "$key" != VmHWM: ] || echo "$value" > /run/storm
     done < /proc/$agent/status
+    [ "$number" -eq 0 ] || echo "$number events" > /dev/console
+    number=0
 done
 """
 MAX_MEMORY_KIB = 64 * 1024
