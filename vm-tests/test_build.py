@@ -15,16 +15,16 @@ mount -t tmpfs tmpfs "$2" && mkdir "$2/upper" "$2/work" "$2/root" && cp -a "$3/.
 mount -t overlay -o "lowerdir=$1,upperdir=$2/upper,workdir=$2/work" overlay "$2/root"
 for kernel in proc sys dev; do mount --rbind /$kernel "$2/root/$kernel"; done
 for scratch in tmp var/tmp run; do mount -t tmpfs tmpfs "$2/root/$scratch"; done
-exec chroot "$2/root" dracut --force --no-hostonly --no-compress --add immucore --kver "$4" /run/initrd
+exec chroot "$2/root" dracut --force --no-hostonly --no-compress --add immucore --kver "$4" $5 /run/initrd
 """
 
 
-def dracut(work: Path, suite: str, files: Path) -> subprocess.CompletedProcess[str]:
+def dracut(work: Path, suite: str, files: Path, options: str = "") -> subprocess.CompletedProcess[str]:
     """Build an initramfs in a derivative's root with `files` laid over it."""
     scratch = work / "scratch"
     scratch.mkdir()
     version = derivative.kernel(suite).name.removeprefix("vmlinuz-")
-    words = ["sh", "-ec", BUILD, "sh", derivative.root(suite), scratch, files, version]
+    words = ["sh", "-ec", BUILD, "sh", derivative.root(suite), scratch, files, version, options]
     return subprocess.run(["unshare", "--mount", *words], capture_output=True, text=True, check=False)
 
 
@@ -44,6 +44,18 @@ def test_library_that_is_missing_fails_the_build(work: Path, suite: str) -> None
     assert done.returncode != 0
     assert "/usr/lib/immucore/_internal/broken.so needs a library that is not there" in done.stderr
     assert "libnowhere.so.7 => not found" in done.stderr
+
+
+@pytest.mark.parametrize("suite", derivative.SUITES)
+def test_systemd_without_dracuts_hooks_fails_the_build(work: Path, suite: str) -> None:
+    """They would not run, and what they keep off our devices would not be kept off."""
+    files = work / "files"
+    files.mkdir()
+
+    done = dracut(work, suite, files, "--omit=dracut-systemd")
+
+    assert done.returncode != 0
+    assert "systemd is in this initramfs, and dracut-systemd is not" in done.stderr
 
 
 @pytest.mark.parametrize("suite", derivative.SUITES)

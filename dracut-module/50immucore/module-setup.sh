@@ -85,6 +85,11 @@ install() {
     local units=${systemdsystemunitdir:-/usr/lib/systemd/system}
     local guard=$_bundle/immucore-guard generator=/usr/lib/systemd/system-generators/immucore-generator dash
 
+    # systemd without it mounts a root, and never runs dracut's hooks, which keep others off our devices.
+    if dracut_module_included systemd && ! dracut_module_included dracut-systemd; then
+        dfatal "immucore: systemd is in this initramfs, and dracut-systemd is not: do not omit it, or omit both"
+        exit 1
+    fi
     _install_bundle || exit 1
     # What the last words of a failed boot tell people to type.
     mkdir -p "$initdir/usr/bin"
