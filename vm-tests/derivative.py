@@ -251,6 +251,7 @@ def root(suite: str) -> Path:
                 (generators / generator.name).symlink_to("/dev/null")
         # What an ephemeral overlay must not change. No user.* on the directory itself: before Linux 6.6
         # tmpfs, where the overlay's upper is, has no such attributes.
+        os.chown(target / "srv", 1001, 0)  # systemd-tmpfiles gives /root to root
         (target / "root").chmod(0o700)
         os.setxattr(target / "root", "trusted.immucore", b"of the directory")
         owned = target / "root/owned"

@@ -6,9 +6,15 @@ from report import Report
 
 RW_PATHS = ("/etc", "/root", "/home", "/opt", "/srv", "/usr/local", "/var")
 ACTIVE = "root=LABEL=COS_STATE cos-img/filename=/cOS/active.img quiet"
+TOLD = "systemd.journald.forward_to_console=1"  # what the agent says while it waits, see `waiting`
 UPTIME = "cat /proc/uptime"
 MAX_FAILURE_S = 60.0  # of the agent, however slow this host is, with its waits
 MAX_UPTIME_S = 30.0  # of the machine's own time: no failure keeps anybody waiting for longer
+
+
+def waiting(times: int) -> str:
+    """Return what matches the console when the agent has said so often, every ten seconds, that it waits."""
+    return rf"(?s)(?:immucore\[\d+\]: waiting for .+?){{{times}}}"
 
 
 def healthy(report: Report, slot: str, image: str) -> None:

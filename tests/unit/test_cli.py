@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from fakes import partition
 
-from immucore import __main__, __version__, cli
+from immucore import __main__, __version__, cli, cmdline, report
 from immucore.devices import Device, Devices
 from immucore.errors import CmdlineError
 
@@ -49,6 +49,32 @@ def test_plan_lists_the_operations(tmp_path: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().out.splitlines() == [
         each for each in explained if not each.startswith("    because")
     ]
+
+
+@pytest.mark.parametrize(
+    ("steps", "image"),
+    [
+        (None, "/cOS/active.img"),  # the agent has not run here
+        ([("/cOS/active.img", "done")], "/cOS/active.img"),
+        ([("/cOS/active.img", "undone"), ("/cOS/passive.img", "done")], "/cOS/passive.img"),
+        ([("/cOS/active.img", "failed"), ("/cOS/passive.img", "undone")], "/cOS/active.img"),
+        ([("/cOS/passive.img", "undone"), ("/cOS/recovery.img", "present")], "/cOS/recovery.img"),
+    ],
+)
+def test_the_slot_that_was_booted_instead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[tuple[str, str]] | None, image: str
+) -> None:
+    monkeypatch.setattr(report, "DIRECTORY", str(tmp_path))
+    asked = cmdline.parse(b"root=LABEL=COS_STATE cos-img/filename=/cOS/active.img")
+    if steps is not None:
+        loops = [
+            {"operation": {"kind": "loop", "source": f"/run/initramfs/cos-state{name}"}, "outcome": outcome}
+            for name, outcome in steps
+        ]
+        other = {"operation": {"kind": "mount", "source": "/cOS/passive.img"}, "outcome": "done"}
+        (tmp_path / "steps.json").write_text(json.dumps({"steps": [other, *loops]}))
+
+    assert cli._booted(asked).image == image
 
 
 def test_plan_for_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
