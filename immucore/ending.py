@@ -51,7 +51,7 @@ def finish(boot: Boot, error: ImmucoreError | None) -> int:
         files = _record(boot, result, table)
         if not error:
             done = [step.operation for step in boot.record if step.outcome in SUCCEEDED]
-            noted = fstab.utab(done, table, boot.kernel.path, observe.text(fstab.UTAB))
+            noted = fstab.utab(done, table, boot.kernel.place, observe.text(fstab.UTAB))
             boot.kernel.write_file(fstab.UTAB, noted)
         _write(boot, files, reasons, summary)
     except OSError as failure:
@@ -93,7 +93,7 @@ def _record(boot: Boot, result: dict[str, object], table: tuple[observe.MountPoi
     return {
         "plan.json": report.json(report.plan(boot.plan)) + "\n",
         "steps.json": report.json(report.steps([*boot.earlier, *boot.record])) + "\n",
-        "mounts": report.mount_points(boot.record, boot.kernel.path, table),
+        "mounts": report.mount_points(boot.record, boot.kernel.place, table),
         "immucore.log": "".join(f"{line}\n" for line in boot.log.lines),
         "result.json": report.json(result) + "\n",
     }

@@ -14,6 +14,7 @@ HEADER = "# Written by immucore at every boot, from what it mounted.\n"
 UTAB = "/run/mount/utab"
 OUTLIVES = "x-initrd.mount"  # systemd.mount(5): stays mounted until everything else has ended
 MARK = "# The image's own lines:\n"
+_ESCAPES = {ord(character): f"\\{ord(character):03o}" for character in " \t\n\\"}
 
 
 def render(operations: Iterable[Operation], image_fstab: str) -> str:
@@ -139,7 +140,7 @@ def utab(
 
 def escape(text: str) -> str:
     """Write a field of fstab as getmntent(3) reads it."""
-    return "".join(f"\\{ord(c):03o}" if c in " \t\n\\" else c for c in text)
+    return text.translate(_ESCAPES)
 
 
 def unescape(text: str) -> str:

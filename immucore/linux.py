@@ -67,6 +67,7 @@ class Kernel:
         self._makeshift = makeshift
         self._log = log  # for what takes long; None: this process' own
         self._checks: dict[str, tuple[str, str]] = {}
+        self._places: dict[str, str] = {}
         self._modules = f"{modules}/{os.uname().release}"  # the initramfs' own, for the kernel that runs
         # What an earlier run has mounted, by its path; looked up once, so that the cost stays linear.
         self._found = {mount.target: mount for mount in observe.mounts()}
@@ -96,7 +97,7 @@ class Kernel:
 
     def mount(self, source: str, target: str, fstype: str, options: tuple[str, ...]) -> str:
         """Mount `source` on `target`; what is mounted there from it already stays."""
-        where = self.directory(target)
+        where = self._place_for(target)
         there = self._found.get(where)
         self._confine(target)
         if there and there.fstype == fstype and _same_source(there, source):
@@ -123,7 +124,7 @@ class Kernel:
         line wants run in it, or empty. The device stays open until the kernel has the file system: with
         LO_FLAGS_AUTOCLEAR its last close detaches the image.
         """
-        where = self.directory(target)
+        where = self._place_for(target)
         there = self._found.get(where)
         try:
             image = self.path(image)
@@ -155,7 +156,7 @@ class Kernel:
     def bind(self, source: str, target: str) -> str:
         """Make `source` visible at `target`."""
         real = self.path(source)
-        where = self.path(target) if stat.S_ISREG(os.stat(real).st_mode) else self.directory(target)
+        where = self._place_for(target, is_file=stat.S_ISREG(os.stat(real).st_mode))
         if os.path.samestat(os.stat(real), os.stat(where)):
             return PRESENT
         syscalls.mount(real, where, "none", syscalls.MS_BIND, "")
@@ -168,7 +169,7 @@ class Kernel:
         is full, what it keeps is shown all the same, and changes go to memory until the next boot: a machine
         that has run out of space has to boot, so that somebody can make some. Raises MakeshiftError then.
         """
-        where = self.directory(target)
+        where = self._place_for(target)
         there = self._found.get(where)
         makeshift = f"{self._makeshift}/{backing.strip('/').replace('/', '-')}"
         upper = _upper(there) if there and there.fstype == "overlay" else ""
@@ -282,16 +283,21 @@ class Kernel:
             return PRESENT
         return DONE
 
-    def path(self, path: str) -> str:
-        """Return the name of an existing `path` without any symlink in it. Raises OSError."""
+    def path(self, path: str, flags: int = 0) -> str:
+        """Return the name of an existing `path` without any symlink in it. Raises OSError.
+
+        `flags` are those of open(2), such as O_DIRECTORY.
+        """
         root = next((root for root in self._roots if is_below(path, root)), None)
         if root is None:
-            return os.path.realpath(path, strict=True)
-        directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            descriptor = syscalls.openat2(directory, path[len(root) :].lstrip("/") or ".", os.O_PATH)
-        finally:
-            os.close(directory)
+            descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC | flags)
+        else:
+            directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                below = path[len(root) :].lstrip("/") or "."
+                descriptor = syscalls.openat2(directory, below, os.O_PATH | flags)
+            finally:
+                os.close(directory)
         try:
             return os.readlink(f"/proc/self/fd/{descriptor}")
         finally:
@@ -300,19 +306,27 @@ class Kernel:
     def directory(self, path: str) -> str:
         """Return the name of a directory without any symlink in it; it is made (0755) if absent."""
         try:
-            real = self.path(path)
+            return self.path(path, os.O_DIRECTORY)
         except FileNotFoundError:
             parent, _, name = path.rpartition("/")
-            real = f"{self.directory(parent or '/')}/{name}"
+            real = os.path.join(self.directory(parent or "/"), name)
             try:
                 os.mkdir(real, 0o755)
             except FileExistsError:
                 raise MountError(
                     f"cannot use '{path}': it is a symlink to nowhere", hint="remove it from the image"
                 ) from None
-        if not os.path.isdir(real):
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
-        return real
+            return real
+
+    def place(self, target: str) -> str:
+        """Return where an operation on `target` has mounted something, or found it, without symlinks."""
+        return self._places[target]
+
+    def _place_for(self, target: str, *, is_file: bool = False) -> str:
+        """Look up where to mount something; once, because what is mounted there can have other symlinks."""
+        where = self.path(target) if is_file else self.directory(target)
+        self._places[target] = where
+        return where
 
     def _confine(self, target: str) -> None:
         """Look up what lies below a file system that is mounted outside of every other as if it were `/`."""

@@ -23,20 +23,24 @@ class Record:
     """
 
     _fields: tuple[str, ...] = ()
+    _required: frozenset[str] = frozenset()  # those without a default
+    _allowed: frozenset[str] = frozenset()
 
     def __init_subclass__(cls) -> None:
         """Collect the fields of the class, its parents' first."""
         own = cls.__dict__.get("__annotations__", {})
         cls._fields += tuple(name for name in own if name not in cls._fields)
+        cls._required = frozenset(name for name in cls._fields if not hasattr(cls, name))
+        cls._allowed = frozenset(cls._fields)
 
     def __init__(self, **values: Any) -> None:
-        fields = type(self)._fields
+        if not self._required <= values.keys() <= self._allowed:  # a boot makes some hundred records
+            if lacking := [name for name in self._fields if name in self._required - values.keys()]:
+                raise TypeError(f"{type(self).__name__} needs {lacking[0]}=")
+            raise TypeError(
+                f"{type(self).__name__} has no {', '.join(sorted(values.keys() - self._allowed))}"
+            )
         self.__dict__.update(values)
-        for name in fields:
-            if name not in values and not hasattr(self, name):
-                raise TypeError(f"{type(self).__name__} needs {name}=")
-        if len(values) > len(fields) or not all(name in fields for name in values):
-            raise TypeError(f"{type(self).__name__} has no {', '.join(sorted(set(values) - set(fields)))}")
 
     def __setattr__(self, name: str, value: object) -> None:
         """Refuse: a record is a value."""
