@@ -37,7 +37,8 @@ done < /proc/self/mountinfo
 MDSTAT = "cat /proc/mdstat"
 STICK = """
 until [ -e /sys/class/block/sda1 ]; do sleep 0.1; done
-blkid -p -s LABEL -o value /dev/sda1
+udevadm settle
+for partition in /dev/sda[0-9]; do blkid -p -s LABEL -o value $partition; done
 """
 # Says on the console what happens, for somebody outside who plugs what comes next.
 WATCH = """\
@@ -57,7 +58,7 @@ sleep {seconds}
 echo the stick is there > /dev/console
 """
 STICK_COMES_LAST = """\
-until [ -e /sys/class/block/vda5 ]; do sleep 0.1; done
+until [ -e /sys/class/block/vda5 ] || [ -e /sys/class/block/vdb5 ]; do sleep 0.1; done
 echo the disk is there > /dev/console
 {hold}
 """
@@ -81,10 +82,10 @@ def shuffled(boot: int, other: str) -> tuple[bool, dict[str, str]]:
     return boot % 2 == 1, held_up(f'ATTRS{{serial}}=="{slow}"', boot) if slow else {}
 
 
-def foreign(work: Path, label: str) -> Disk:
-    """Make a disk with one partition that has the name of one of the machine's own."""
-    name = label.removeprefix("COS_").lower()
-    return make_disk(work / "foreign.raw", "bookworm", (Partition(f"old-{name}", label, 16),))
+def foreign(work: Path, name: str, *labels: str) -> Disk:
+    """Make a disk with partitions that have the names of the machine's own."""
+    partitions = [Partition(f"{name}-{label}", label, 16) for label in labels]
+    return make_disk(work / f"{name}.raw", "bookworm", partitions)
 
 
 def booted(machine: Machine, *commands: str, **options: Any) -> Report:
@@ -135,19 +136,50 @@ def stacked_disk(image: Path | None, name: str = "persistent") -> Disk:
     return disks.cos_disk(suite=stacks.SUITE, without=("persistent",), extra=extra)
 
 
-# The same label on a second disk
+# The same label on a second disk, and on a USB stick
 
 
-@pytest.mark.parametrize("label", ["COS_OEM", "COS_PERSISTENT"])
-def test_label_on_a_second_disk(
-    machine: Callable[..., Machine], disk: Disk, work: Path, label: str, boot: int
+@pytest.mark.parametrize("moment", ["before", "during", "after"])
+def test_labels_on_a_second_disk_and_on_a_usb_stick(
+    machine: Callable[..., Machine], usb_disk: Disk, work: Path, moment: str, boot: int
 ) -> None:
-    first, files = shuffled(boot, "foreign")
-    extra = Extra(foreign(work, label).path, "foreign", first=first)
+    """The stick is there before the boot, comes in it before the machine's own disk, or comes after that."""
+    labels = ("COS_OEM", "COS_PERSISTENT", "COS_STATE")
+    stick = foreign(work, "stick", *labels).path
+    slow = "stick" if moment == "before" and boot % 2 else "foreign"
+    first, files = shuffled(boot, slow)
+    others = [Extra(foreign(work, "foreign", "COS_OEM", "COS_PERSISTENT").path, "foreign", first=first)]
 
-    report = booted(machine(disk, expect.ACTIVE, extra_disks=[extra], initramfs_files=files))
+    def plug_stick(guest: Guest) -> None:
+        guest.plug(stick, "stick", bus="usb")
 
-    is_own(report, disk)
+    def plug_disk(guest: Guest) -> None:
+        guest.plug(usb_disk.path, OWN)
+
+    if moment == "before":
+        others.insert(boot % 4 // 2, Extra(stick, "stick", bus="usb", first=first))
+        stuck = machine(usb_disk, expect.ACTIVE, extra_disks=others, initramfs_files=files)
+        report = booted(stuck, STICK)
+    elif moment == "during":
+        script = DISK_COMES_LAST.format(seconds=boot % 3 * 0.7)
+        files |= {**unit("watch", WATCH.format(order="")), "watch": script}
+        without = machine(
+            usb_disk, expect.ACTIVE, extra_disks=others, with_disk=False, initramfs_files=files
+        )
+        report = booted(
+            without, STICK, when=[("the agent waits", plug_stick), ("the stick is there", plug_disk)]
+        )
+    else:  # with the agent at work, or right before it begins
+        held = boot % 2 == 1
+        hold = "until [ -e /sys/class/block/sda1 ]; do sleep 0.1; done" if held else ""
+        files = held_up(f'ATTRS{{serial}}=="{OWN}"', boot)
+        files |= unit("watch", WATCH.format(order="Before=immucore.service" if held else ""))
+        files["watch"] = STICK_COMES_LAST.format(hold=hold)
+        own = machine(usb_disk, expect.ACTIVE, extra_disks=others, initramfs_files=files)
+        report = booted(own, STICK, when=[("the disk is there", plug_stick)])
+
+    is_own(report, usb_disk)
+    assert report.output(STICK).split() == [*labels]
 
 
 def test_state_label_on_a_second_disk_is_refused(
@@ -155,7 +187,7 @@ def test_state_label_on_a_second_disk_is_refused(
 ) -> None:
     """Nobody says which disk was booted from: no choice by chance."""
     first, files = shuffled(boot, "foreign")
-    extra = Extra(foreign(work, "COS_STATE").path, "foreign", first=first)
+    extra = Extra(foreign(work, "foreign", "COS_STATE").path, "foreign", first=first)
 
     report = machine(disk, expect.ACTIVE, extra_disks=[extra], initramfs_files=files).boot(limit_s=120)
 
@@ -166,13 +198,12 @@ def test_state_label_on_a_second_disk_is_refused(
 
 @pytest.mark.parametrize("spelling", [f"/dev/disk/by-id/virtio-{OWN}", "PARTUUID={}"])
 def test_boot_disk_decides_among_state_labels(
-    machine: Callable[..., Machine], disk: Disk, work: Path, spelling: str, boot: int
+    machine: Callable[..., Machine], disk: Disk, work: Path, spelling: str
 ) -> None:
-    first, files = shuffled(boot, "foreign")
-    extra = Extra(foreign(work, "COS_STATE").path, "foreign", first=first)
+    extra = Extra(foreign(work, "foreign", "COS_STATE").path, "foreign", first=True)
     bootdisk = f"rd.cos.bootdisk={spelling.format(disk.partition('efi').partuuid)}"
 
-    report = booted(machine(disk, f"{expect.ACTIVE} {bootdisk}", extra_disks=[extra], initramfs_files=files))
+    report = booted(machine(disk, f"{expect.ACTIVE} {bootdisk}", extra_disks=[extra]))
 
     is_own(report, disk)
 
@@ -196,55 +227,6 @@ def test_two_paths_to_one_disk(machine: Callable[..., Machine], disk: Disk, boot
 
     is_own(report, disk)
     assert len({report.mount(target).source[: len("/dev/vda")] for target in PLACES}) == 1
-
-
-# USB
-
-
-STICK_LABELS = ("COS_OEM", "COS_PERSISTENT", "COS_STATE")
-MOMENTS = ("before", "during", "after")
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_label_on_a_usb_stick(
-    machine: Callable[..., Machine], usb_disk: Disk, work: Path, moment: str, boot: int
-) -> None:
-    """Plugged before the boot, in it before the machine's own disk is there, or in it after that.
-
-    Another label with every boot, and in the ordinary run, which has one, with every moment.
-    """
-    label = STICK_LABELS[(boot + MOMENTS.index(moment)) % 3]
-    stick = foreign(work, label).path
-    first, files = shuffled(boot, "stick")
-
-    def plug_stick(guest: Guest) -> None:
-        guest.plug(stick, "stick", bus="usb")
-
-    def plug_disk(guest: Guest) -> None:
-        guest.plug(usb_disk.path, OWN)
-
-    if moment == "before":
-        extra = Extra(stick, "stick", bus="usb", first=first)
-        stuck = machine(usb_disk, expect.ACTIVE, extra_disks=[extra], initramfs_files=files)
-        report = booted(stuck, STICK)
-    elif moment == "during":
-        script = DISK_COMES_LAST.format(seconds=boot % 3 * 0.7)
-        files |= {**unit("watch", WATCH.format(order="")), "watch": script}
-        without = machine(usb_disk, expect.ACTIVE, with_disk=False, initramfs_files=files)
-        report = booted(
-            without, STICK, when=[("the agent waits", plug_stick), ("the stick is there", plug_disk)]
-        )
-    else:  # with the agent at work, or right before it begins
-        held = boot % 2 == 1
-        hold = "until [ -e /sys/class/block/sda1 ]; do sleep 0.1; done" if held else ""
-        files = held_up(f'ATTRS{{serial}}=="{OWN}"', boot)
-        files |= unit("watch", WATCH.format(order="Before=immucore.service" if held else ""))
-        files["watch"] = STICK_COMES_LAST.format(hold=hold)
-        own = machine(usb_disk, expect.ACTIVE, initramfs_files=files)
-        report = booted(own, STICK, when=[("the disk is there", plug_stick)])
-
-    is_own(report, usb_disk)
-    assert report.output(STICK) == label
 
 
 def test_usb_stick_does_not_configure_a_machine_without_oem(
@@ -288,14 +270,25 @@ def is_unlocked(report: Report, number: int) -> None:
     is_own(report, disks.cos_disk(suite=stacks.SUITE), "/run/initramfs/cos-state", "/sysroot/oem")
 
 
-@pytest.mark.parametrize(("name", "number"), [("luks", 1), ("luks-suffixed", 2), ("luks-silent", 3)])
-def test_luks_with_a_key_file(
-    machine: Callable[..., Machine], images: Mapping[str, Path], name: str, number: int, boot: int
+def test_luks_with_the_label_of_what_is_inside(
+    machine: Callable[..., Machine], images: Mapping[str, Path], boot: int
 ) -> None:
-    """The container has the label of what is inside, or its own, or none: it is never mounted itself."""
-    files = {**key_file(number), **held_up('KERNEL=="dm-*|vda5"', boot)}
+    """Whichever of the two udev has seen: the container is never mounted itself."""
+    files = {**key_file(1), **held_up('KERNEL=="dm-*|vda5"', boot)}
 
-    report = booted(machine(stacked_disk(images[name]), expect.ACTIVE, initramfs_files=files))
+    report = booted(machine(stacked_disk(images["luks"]), expect.ACTIVE, initramfs_files=files))
+
+    is_unlocked(report, 1)
+    assert "assphrase" not in report.console
+
+
+@pytest.mark.parametrize(("name", "number"), [("luks-suffixed", 2), ("luks-silent", 3)])
+def test_luks_with_a_label_of_its_own_or_none(
+    machine: Callable[..., Machine], images: Mapping[str, Path], name: str, number: int
+) -> None:
+    own = machine(stacked_disk(images[name]), expect.ACTIVE, initramfs_files=key_file(number))
+
+    report = booted(own)
 
     is_unlocked(report, number)
     assert "assphrase" not in report.console
@@ -349,20 +342,29 @@ def test_luks_that_nobody_wants_stays_locked(
 # md, LVM, whole disks
 
 
-@pytest.mark.parametrize("number", [6, 7], ids=["metadata 1.0", "metadata 1.2"])
-def test_md_array_and_not_its_leg(
-    machine: Callable[..., Machine], images: Mapping[str, Path], number: int, boot: int
-) -> None:
-    """With metadata 1.0 the file system begins where the leg does."""
-    own = stacked_disk(images[f"md{number}-a"])
-    first, files = shuffled(boot, "leg")
-    leg = Extra(images[f"md{number}-b"], "leg", first=first)
-
-    report = booted(machine(own, expect.ACTIVE, extra_disks=[leg], initramfs_files=files), MDSTAT)
-
+def is_whole(report: Report, number: int) -> None:
+    """Persistent is on an array, and the array has both of its legs."""
     inside(report, number)
     assert report.mount("/sysroot/usr/local").source.startswith("/dev/md")
     assert "[UU]" in report.output(MDSTAT)
+
+
+def test_md_array_and_not_its_leg(
+    machine: Callable[..., Machine], images: Mapping[str, Path], boot: int
+) -> None:
+    """With metadata 1.0 the file system begins where the leg does."""
+    first, files = shuffled(boot, "leg")
+    leg = Extra(images["md6-b"], "leg", first=first)
+    own = machine(stacked_disk(images["md6-a"]), expect.ACTIVE, extra_disks=[leg], initramfs_files=files)
+
+    is_whole(booted(own, MDSTAT), 6)
+
+
+def test_md_with_its_metadata_first(machine: Callable[..., Machine], images: Mapping[str, Path]) -> None:
+    leg = Extra(images["md7-b"], "leg")
+    own = machine(stacked_disk(images["md7-a"]), expect.ACTIVE, extra_disks=[leg])
+
+    is_whole(booted(own, MDSTAT), 7)
 
 
 def test_md_degraded(machine: Callable[..., Machine], images: Mapping[str, Path]) -> None:
@@ -377,8 +379,8 @@ def test_md_degraded(machine: Callable[..., Machine], images: Mapping[str, Path]
     assert any(line.endswith("without the members that it lacks, degraded") for line in lines)
 
 
-def test_lvm(machine: Callable[..., Machine], images: Mapping[str, Path], boot: int) -> None:
-    files = held_up('KERNEL=="dm-*"', boot)
+def test_lvm(machine: Callable[..., Machine], images: Mapping[str, Path]) -> None:
+    files = held_up('KERNEL=="dm-*"', 4)  # the longest
 
     report = booted(machine(stacked_disk(images["pv"]), expect.ACTIVE, initramfs_files=files))
 
@@ -387,11 +389,10 @@ def test_lvm(machine: Callable[..., Machine], images: Mapping[str, Path], boot: 
 
 
 def test_whole_disk_without_a_partition_table(
-    machine: Callable[..., Machine], images: Mapping[str, Path], boot: int
+    machine: Callable[..., Machine], images: Mapping[str, Path]
 ) -> None:
-    first, files = shuffled(boot, "whole")
-    whole = Extra(images["whole"], "whole", first=first)
+    whole = Extra(images["whole"], "whole")
 
-    report = booted(machine(stacked_disk(None), expect.ACTIVE, extra_disks=[whole], initramfs_files=files))
+    report = booted(machine(stacked_disk(None), expect.ACTIVE, extra_disks=[whole]))
 
     inside(report, 9, "whole")
