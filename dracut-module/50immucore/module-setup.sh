@@ -109,6 +109,7 @@ install() {
     # dracut's fs-lib installs them where it is in the initramfs; --modules may have left it out.
     inst_multiple -o e2fsck fsck.vfat
     inst_dir /etc/modprobe.d
+    inst_dir /etc/udev/rules.d
     ! _has_tpm2 || _install_tpm2
 
     if dracut_module_included systemd; then
