@@ -41,6 +41,9 @@ QEMU = (
     "qemu-system-x86_64 -nodefaults -no-user-config -machine q35 -cpu max,-la57,-cx16 -display none"
     " -no-reboot -object rng-builtin,id=rng -device virtio-rng-pci,rng=rng"
 )
+# EDK II; with -kernel it finds kernel and initramfs in QEMU's fw_cfg, and starts the kernel from there.
+FIRMWARE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
+VARIABLES = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
 REPORT_MIB = 32
 PATIENCE = 2.0  # limits are for a host that boots in 15 s; half as fast has to do too
 INSIST_S = 5.0
@@ -67,7 +70,8 @@ class Machine:
     Writes to the disks are thrown away at the end of each boot, unless `keep_writes`; then the next boot
     of this machine sees them. `initramfs` is a variant of derivative.VARIANTS, `initramfs_files` are added
     to it. `disk_paths` attaches the disk more than once, `tpm` is the state of a TPM 2.0, written to only
-    with `keep_writes`. With a `screen` the machine has a tty1 too.
+    with `keep_writes`. With a `screen` the machine has a tty1 too, with `efi` its firmware is UEFI, and each
+    boot begins with no variables but the firmware's own.
     """
 
     numbers = itertools.count(1)
@@ -86,6 +90,7 @@ class Machine:
         tpm: Path | None = None,
         keep_writes: bool = False,
         screen: bool = False,
+        efi: bool = False,
         work: Path | None = None,
     ) -> None:
         self.disk = disk
@@ -102,6 +107,7 @@ class Machine:
         self.tpm = tpm
         self.keep_writes = keep_writes
         self.screen = screen
+        self.efi = efi
         self.work = (work or CACHE / "run") / f"machine.{os.getpid()}.{next(self.numbers)}"
         self.work.mkdir(parents=True)
         self.boots = 0
@@ -177,6 +183,10 @@ class Machine:
         arguments += ["-append", f"{CMDLINE} {cmdline}"]
         if self.screen:
             arguments += ["-device", "VGA"]
+        if self.efi:
+            variables = shutil.copy(VARIABLES, self.work / "variables")
+            arguments += ["-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={FIRMWARE}"]
+            arguments += ["-drive", f"if=pflash,unit=1,format=raw,file={variables}"]
         if any(each.bus == "usb" for each in self.disks):
             arguments += ["-device", "qemu-xhci,id=usb"]
         for each in self.disks:

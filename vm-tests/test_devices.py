@@ -62,6 +62,17 @@ until [ -e /sys/class/block/vda5 ] || [ -e /sys/class/block/vdb5 ]; do sleep 0.1
 echo the disk is there > /dev/console
 {hold}
 """
+# Before the agent, and in one write(2), as efivarfs wants it; the four bytes are the variable's attributes.
+LOADER = """\
+[Unit]
+DefaultDependencies=no
+Before=immucore.service
+[Service]
+Type=oneshot
+ExecStart=/bin/sh -c 'cat /loader > \
+/sys/firmware/efi/efivars/LoaderDevicePartUUID-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f'
+"""
+VARIABLES = "ls /sys/firmware/efi/efivars"
 HELD_UP = "run/held-up"
 SLOW = (
     'ACTION=="add", SUBSYSTEM=="block", {match}, '
@@ -206,6 +217,22 @@ def test_boot_disk_decides_among_state_labels(
     report = booted(machine(disk, f"{expect.ACTIVE} {bootdisk}", extra_disks=[extra]))
 
     is_own(report, disk)
+
+
+def test_boot_loader_decides_among_state_labels(
+    machine: Callable[..., Machine], disk: Disk, work: Path
+) -> None:
+    """It leaves in an EFI variable where it was loaded from (systemd.io, BOOT_LOADER_INTERFACE)."""
+    extra = Extra(foreign(work, "foreign", "COS_STATE").path, "foreign", first=True)
+    variable = b"\7\0\0\0" + f"{disk.partition('efi').partuuid}\0".encode("utf-16-le")
+    files = {**unit("loader", LOADER), "loader": variable}
+
+    report = booted(
+        machine(disk, expect.ACTIVE, efi=True, extra_disks=[extra], initramfs_files=files), VARIABLES
+    )
+
+    is_own(report, disk)
+    assert "LoaderDevicePartUUID" in report.output(VARIABLES)
 
 
 def test_whole_disk_copied(machine: Callable[..., Machine], disk: Disk, boot: int) -> None:

@@ -213,9 +213,7 @@ def test_what_udev_says_late_of_a_loop_device_costs_no_mount(
     assert "Failed unmounting" not in report.console
 
 
-def test_guard_stops_a_boot_without_a_result(machine: Callable[..., Machine], disk: Disk) -> None:
-    """Somebody unmounts what the agent mounted: the root is not switched."""
-    unmount = """\
+UNMOUNT = """\
 [Unit]
 DefaultDependencies=no
 After=immucore.service
@@ -224,8 +222,12 @@ Before=initrd-root-fs.target
 Type=oneshot
 ExecStart=/bin/umount /sysroot/usr/local
 """
+NO_AGENT = {"usr/lib/immucore/_internal/libpython3.11.so.1.0": "not a library"}
 
-    report = machine(disk, expect.ACTIVE, initramfs_files=unit("unmount", unmount)).boot(limit_s=60)
+
+def test_guard_stops_a_boot_without_a_result(machine: Callable[..., Machine], disk: Disk) -> None:
+    """Somebody unmounts what the agent mounted: the root is not switched."""
+    report = machine(disk, expect.ACTIVE, initramfs_files=unit("unmount", UNMOUNT)).boot(limit_s=60)
 
     assert report.stage == "initramfs"
     assert "/sysroot/usr/local, which immucore mounted, is no longer mounted" in report.console
@@ -236,13 +238,22 @@ ExecStart=/bin/umount /sysroot/usr/local
 
 
 def test_agent_that_cannot_start_is_a_failed_boot(machine: Callable[..., Machine], disk: Disk) -> None:
-    broken = {"usr/lib/immucore/_internal/libpython3.11.so.1.0": "not a library"}
-
-    report = machine(disk, expect.ACTIVE, initramfs_files=broken).boot(limit_s=45)
+    report = machine(disk, expect.ACTIVE, initramfs_files=NO_AGENT).boot(limit_s=45)
 
     assert report.stage == "initramfs"
     assert "immucore: the agent ended without a word (exit-code)" in report.console
     assert "hint: type journalctl -u immucore.service" in report.console
+    assert "Switching root" not in report.console
+
+
+@pytest.mark.parametrize("files", [NO_AGENT, unit("unmount", UNMOUNT)], ids=["agent", "guard"])
+def test_onfail_reboot_needs_no_agent(
+    machine: Callable[..., Machine], disk: Disk, files: dict[str, str]
+) -> None:
+    """It could not start, or its mounts are gone when it has ended: systemd restarts the machine."""
+    report = machine(disk, f"{expect.ACTIVE} rd.cos.onfail=reboot", initramfs_files=files).boot(limit_s=60)
+
+    assert (report.ended, report.stage) == ("guest-reset", "none")
     assert "Switching root" not in report.console
 
 
@@ -305,10 +316,9 @@ def test_boot_goes_on_after_a_repair(work: Path, cos_disk: Callable[..., Disk]) 
 
 
 def test_disabled_agent_that_fails_stops_nobody(machine: Callable[..., Machine], plain_disk: Disk) -> None:
-    broken = {"usr/lib/immucore/_internal/libpython3.11.so.1.0": "not a library"}
     cmdline = "root=PARTLABEL=root rw quiet cos-img/filename=/x.img rd.cos.disable"
 
-    report = machine(plain_disk, cmdline, initramfs_files=broken).boot(limit_s=90)
+    report = machine(plain_disk, cmdline, initramfs_files=NO_AGENT).boot(limit_s=90)
 
     assert (report.stage, report.state) == ("system", "running")
 
