@@ -157,6 +157,13 @@ def test_is_only_wanted_when_switched_off_or_live(generate: Generate, line: str)
         (f"root=LABEL=a/b {IMAGE} rd.cos.mount=/dev//x:/y", [OEM, PERSISTENT]),
         (f'"root=LABEL=a b" {IMAGE} rd.cos.mount=LABEL=ü:/y', [OEM, PERSISTENT]),
         (f"root=LABEL=* {IMAGE} rd.cos.mount=LABEL=COS_OEM:/again", [OEM, PERSISTENT]),
+        (f"root=LABEL=COS_STATE {IMAGE} rd.cos.nopersist", [STATE, OEM]),
+        (
+            f"root=LABEL=COS_STATE {IMAGE} rd.immucore.nopersist=yes rd.cos.nopersist=0",
+            [STATE, OEM, PERSISTENT],
+        ),
+        (f"root=LABEL=COS_STATE {IMAGE} rd.cos.safe=1 rd.cos.mount=LABEL=D:/d", [STATE]),
+        (f"root=LABEL=COS_STATE {IMAGE} rd.cos.safe=no", [STATE, OEM, PERSISTENT]),
     ],
 )
 def test_hints_at_the_devices_that_the_command_line_names(
