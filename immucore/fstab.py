@@ -116,19 +116,19 @@ def _outlives_shutdown(operation: Mount | Bind | Overlay, done: list[Mount | Bin
 def utab(
     operations: Iterable[Operation],
     table: Iterable[MountPoint],
-    real: Callable[[str], str],
+    place: Callable[[str], str],
     before: str,
 ) -> str:
     """Render /run/mount/utab, where mount(8) notes the options that the kernel does not know.
 
     systemd takes x-initrd.mount from there: of what is mounted it asks the kernel and libmount, not fstab.
-    `real` takes the symlinks out of a path, `before` is what the file says already.
+    `place` says where an operation on a target has mounted, `before` is what the file says already.
     """
     done = [operation for operation in operations if isinstance(operation, Mount | Bind | Overlay)]
     found = {mount.target: mount for mount in table}
     lines = before.splitlines(keepends=True)
     for operation in done:
-        target = real(operation.target)
+        target = place(operation.target)
         if target in found and _outlives_shutdown(operation, done):
             mount = found[target]
             fields = {"SRC": mount.source, "TARGET": as_booted(target), "ROOT": mount.root, "OPTS": OUTLIVES}

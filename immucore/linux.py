@@ -97,7 +97,7 @@ class Kernel:
 
     def mount(self, source: str, target: str, fstype: str, options: tuple[str, ...]) -> str:
         """Mount `source` on `target`; what is mounted there from it already stays."""
-        where = self._place_for(target)
+        where = self._mount_point(target)
         there = self._found.get(where)
         self._confine(target)
         if there and there.fstype == fstype and _same_source(there, source):
@@ -124,7 +124,7 @@ class Kernel:
         line wants run in it, or empty. The device stays open until the kernel has the file system: with
         LO_FLAGS_AUTOCLEAR its last close detaches the image.
         """
-        where = self._place_for(target)
+        where = self._mount_point(target)
         there = self._found.get(where)
         try:
             image = self.path(image)
@@ -156,7 +156,7 @@ class Kernel:
     def bind(self, source: str, target: str) -> str:
         """Make `source` visible at `target`."""
         real = self.path(source)
-        where = self._place_for(target, is_file=stat.S_ISREG(os.stat(real).st_mode))
+        where = self._mount_point(target, is_file=stat.S_ISREG(os.stat(real).st_mode))
         if os.path.samestat(os.stat(real), os.stat(where)):
             return PRESENT
         syscalls.mount(real, where, "none", syscalls.MS_BIND, "")
@@ -169,7 +169,7 @@ class Kernel:
         is full, what it keeps is shown all the same, and changes go to memory until the next boot: a machine
         that has run out of space has to boot, so that somebody can make some. Raises MakeshiftError then.
         """
-        where = self._place_for(target)
+        where = self._mount_point(target)
         there = self._found.get(where)
         makeshift = f"{self._makeshift}/{backing.strip('/').replace('/', '-')}"
         upper = _upper(there) if there and there.fstype == "overlay" else ""
@@ -228,7 +228,7 @@ class Kernel:
 
     def unmount(self, target: str) -> None:
         """Take away what this run has mounted on `target`, at the latest when nobody uses it any more."""
-        syscalls.umount(self.path(target), syscalls.MNT_DETACH)
+        syscalls.umount(self.place(target), syscalls.MNT_DETACH)
 
     def write_file(self, target: str, content: str) -> str:
         """Write `content` to `target` (mode 0644), replacing what was there in one step."""
@@ -322,8 +322,8 @@ class Kernel:
         """Return where an operation on `target` has mounted something, or found it, without symlinks."""
         return self._places[target]
 
-    def _place_for(self, target: str, *, is_file: bool = False) -> str:
-        """Look up where to mount something; once, because what is mounted there can have other symlinks."""
+    def _mount_point(self, target: str, *, is_file: bool = False) -> str:
+        """Look up, or make, what to mount on, and remember it for place(): later mounts may lie over it."""
         where = self.path(target) if is_file else self.directory(target)
         self._places[target] = where
         return where

@@ -153,16 +153,16 @@ def result(
     }
 
 
-def mount_points(record: list[Step], real: Callable[[str], str], table: tuple[MountPoint, ...]) -> str:
+def mount_points(record: list[Step], place: Callable[[str], str], table: tuple[MountPoint, ...]) -> str:
     """List what has to be mounted still at the switch to the new root, for the guard: `major:minor path`.
 
-    `real` takes the symlinks out of a path; it stands there as in the fifth field of mountinfo.
+    `place` says where an operation on a target has mounted, as in the fifth field of mountinfo.
     """
     devices = {mount.target: mount.device for mount in table}
     lines = set()
     for step in record:
         if isinstance(step.operation, Mount | Loop | Bind | Overlay) and step.outcome in SUCCEEDED:
-            target = real(step.operation.target)
+            target = place(step.operation.target)
             lines.add(f"{devices.get(target, 'gone')} {escape(target).replace('#', HASH)}\n")
     return "".join(sorted(lines))
 

@@ -54,6 +54,16 @@ mke2fs -q -t ext4 -L COS_PERSISTENT -U 1e1e1e1e-0000-4000-8000-000000000008 /dev
 vgchange -an cos
 """,
     ),
+    Stack(
+        ("mirror-a", "mirror-b"),
+        """
+pvcreate $mirror_a $mirror_b
+vgcreate mirror $mirror_a $mirror_b
+lvcreate --yes --wipesignatures n --type raid1 --mirrors 1 --nosync -L 24M -n persistent mirror
+mke2fs -q -t ext4 -L COS_PERSISTENT -U 1e1e1e1e-0000-4000-8000-00000000000a /dev/mirror/persistent
+vgchange -an mirror
+""",
+    ),
     Stack(("luks",), "luks $luks COS_PERSISTENT 1"),
     Stack(("luks-suffixed",), "luks $luks_suffixed COS_PERSISTENT_LUKS 2"),
     Stack(("luks-silent",), "luks $luks_silent '' 3"),

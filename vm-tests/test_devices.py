@@ -123,7 +123,7 @@ def is_own(report: Report, disk: Disk, *places: str) -> None:
         assert mounted(report, target) == (disk.partition(PLACES[target]).uuid, OWN), target
 
 
-def inside(report: Report, number: int, serial: str = "-") -> None:
+def inside(report: Report, number: int | str, serial: str = "-") -> None:
     """Persistent is what is inside of a stack, never the stack."""
     assert mounted(report, "/sysroot/usr/local") == (stacks.INNER_UUID.format(number), serial)
     assert report.mount("/sysroot/usr/local").writable
@@ -168,7 +168,7 @@ def test_labels_on_a_second_disk_and_on_a_usb_stick(
         guest.plug(usb_disk.path, OWN)
 
     if moment == "before":
-        others.insert(boot % 4 // 2, Extra(stick, "stick", bus="usb", first=first))
+        others.append(Extra(stick, "stick", bus="usb"))
         stuck = machine(usb_disk, expect.ACTIVE, extra_disks=others, initramfs_files=files)
         report = booted(stuck, STICK)
     elif moment == "during":
@@ -413,6 +413,17 @@ def test_lvm(machine: Callable[..., Machine], images: Mapping[str, Path]) -> Non
 
     inside(report, 8)
     assert report.mount("/sysroot/usr/local").source == "/dev/mapper/cos-persistent"
+
+
+def test_lvm_degraded(machine: Callable[..., Machine], images: Mapping[str, Path]) -> None:
+    """Half of a mirror is enough; it is taken when the other half has not come."""
+    own = machine(stacked_disk(images["mirror-a"]), f"{expect.ACTIVE} rd.cos.timeout=60")
+
+    report = booted(own)
+
+    inside(report, "a")
+    assert report.mount("/sysroot/usr/local").source == "/dev/mapper/mirror-persistent"
+    assert any(line.endswith(", degraded") for line in report.messages("immucore.service"))
 
 
 def test_whole_disk_without_a_partition_table(

@@ -16,27 +16,32 @@ from units import KILL, unit
 
 SHELL = r"sh-5|:/root#|:/#"  # the prompt of an emergency shell
 ALONE = f"{expect.ACTIVE} rd.cos.fallback=off"
-# What initrd-cleanup does once, at the end of an initramfs, is done again and again, from the agent's start
-# to a little after its end. Later the storm would kill initrd-cleanup itself.
+# What initrd-cleanup does once, at the end of an initramfs, is done again and again: from before the agent,
+# which is held until then, to after its end; the switch is held that long.
 STORM = """\
 [Unit]
 DefaultDependencies=no
 IgnoreOnIsolate=yes
 After=systemd-udev-trigger.service
+Before=initrd-cleanup.service initrd-switch-root.target initrd-switch-root.service
 [Service]
+Type=oneshot
 ExecStart=/bin/sh /storm
 """
+HOLD = """\
+[Service]
+ExecStartPre=/bin/sh -c 'until [ -e /run/isolated ]; do sleep 0.1; done'
+"""
 ISOLATE = """\
-agent() { systemctl show -P SubState immucore.service; }
-until [ "$(agent)" = start ]; do :; done
-for after in 1 2 3; do
-    while systemctl --no-block isolate initrd-switch-root.target
-        state=$(agent)
-        echo "$state" >> /run/isolated
-        systemctl daemon-reload
-        [ "$state" = start ]
-    do :; done
-done
+isolate() {
+    systemctl --no-block isolate initrd-switch-root.target
+    systemctl show -P SubState immucore.service >> /run/isolated
+    systemctl daemon-reload
+}
+until [ "$(systemctl show -P SubState immucore.service)" = start-pre ]; do :; done
+until [ "$(systemctl show -P SubState immucore.service)" = exited ]; do isolate; done
+isolate
+isolate
 """
 
 
@@ -164,15 +169,16 @@ def test_sigterm_is_a_failed_boot(machine: Callable[..., Machine], cos_disk: Cal
 
 
 def test_isolate_storm_loses_no_mount(machine: Callable[..., Machine], disk: Disk) -> None:
-    storm = machine(disk, expect.ACTIVE, initramfs_files=unit("storm", STORM) | {"storm": ISOLATE})
+    hold = {"etc/systemd/system/immucore.service.d/90-hold.conf": HOLD}
+    storm = machine(disk, expect.ACTIVE, initramfs_files=unit("storm", STORM) | {"storm": ISOLATE} | hold)
 
     report = storm.boot(limit_s=120, files=("run/isolated",))
 
     expect.healthy(report, "active", "/cOS/active.img")
     assert any(message.startswith("Reloading") for message in report.messages())
     isolated = report.file("/run/isolated").split()
-    assert isolated[0] == "start"
-    assert isolated[-3:] == ["exited"] * 3
+    assert isolated[0] in ("start-pre", "start")
+    assert isolated[-2:] == ["exited"] * 2
     planned = [
         step["operation"]["target"] for step in json.loads(report.file("/run/immucore/steps.json"))["steps"]
     ]
@@ -181,6 +187,40 @@ def test_isolate_storm_loses_no_mount(machine: Callable[..., Machine], disk: Dis
     for target in planned:
         if target.startswith(kinds) and not target.endswith("fstab"):
             assert (target.removeprefix("/sysroot") or "/") in mounted
+
+
+# Before the agent starts: what udev has loaded (immucore-cmdline.sh).
+LOADED = """\
+[Unit]
+DefaultDependencies=no
+Before=immucore.service
+[Service]
+Type=oneshot
+ExecStart=/bin/sh -c '{}'
+"""
+WAIT_FOR_BOTH = "until [ -e /sys/module/loop ] && [ -e /sys/module/overlay ]; do sleep 0.1; done"
+SLOW_NULL = 'SUBSYSTEM=="mem", KERNEL=="null", PROGRAM="/bin/sleep 60"\n'
+
+
+def test_udev_loads_loop_and_overlay(machine: Callable[..., Machine], disk: Disk) -> None:
+    files = unit("loaded", LOADED.format(WAIT_FOR_BOTH))
+
+    report = machine(disk, expect.ACTIVE, initramfs_files=files).boot(limit_s=45, until="initramfs")
+
+    assert report.result["outcome"] == "ok"
+
+
+def test_agent_is_faster_than_udev(machine: Callable[..., Machine], disk: Disk) -> None:
+    """Then the kernel loads what is asked for."""
+    files = unit("loaded", LOADED.format("ls /sys/module > /run/loaded"))
+    files |= {"etc/udev/rules.d/01-slow.rules": SLOW_NULL}
+
+    report = machine(disk, expect.ACTIVE, initramfs_files=files).boot(
+        limit_s=45, until="initramfs", files=("run/loaded",)
+    )
+
+    assert report.result["outcome"] == "ok"
+    assert not {"loop", "overlay"} & {*report.file("/run/loaded").split()}
 
 
 # When the root is mounted from it, udev says of the loop device what was true before: nothing is attached.
@@ -222,6 +262,7 @@ Before=initrd-root-fs.target
 Type=oneshot
 ExecStart=/bin/umount /sysroot/usr/local
 """
+GONE = "/sysroot/usr/local, which immucore mounted, is no longer mounted"
 NO_AGENT = {"usr/lib/immucore/_internal/libpython3.11.so.1.0": "not a library"}
 
 
@@ -230,8 +271,7 @@ def test_guard_stops_a_boot_without_a_result(machine: Callable[..., Machine], di
     report = machine(disk, expect.ACTIVE, initramfs_files=unit("unmount", UNMOUNT)).boot(limit_s=60)
 
     assert report.stage == "initramfs"
-    assert "/sysroot/usr/local, which immucore mounted, is no longer mounted" in report.console
-    told = "immucore-guard: /sysroot/usr/local, which immucore mounted, is no longer mounted"
+    told = f"immucore-guard: {GONE}"
     assert report.file("/run/immucore/summary").startswith(told)
     assert report.console.count(told) == 2  # at once, and above the prompt
     assert "Switching root" not in report.console
@@ -246,15 +286,21 @@ def test_agent_that_cannot_start_is_a_failed_boot(machine: Callable[..., Machine
     assert "Switching root" not in report.console
 
 
-@pytest.mark.parametrize("files", [NO_AGENT, unit("unmount", UNMOUNT)], ids=["agent", "guard"])
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [(NO_AGENT, "the agent ended without a word"), (unit("unmount", UNMOUNT), GONE)],
+    ids=["agent", "guard"],
+)
 def test_onfail_reboot_needs_no_agent(
-    machine: Callable[..., Machine], disk: Disk, files: dict[str, str]
+    machine: Callable[..., Machine], disk: Disk, files: dict[str, str], told: str
 ) -> None:
     """It could not start, or its mounts are gone when it has ended: systemd restarts the machine."""
     report = machine(disk, f"{expect.ACTIVE} rd.cos.onfail=reboot", initramfs_files=files).boot(limit_s=60)
 
     assert (report.ended, report.stage) == ("guest-reset", "none")
+    assert told in report.console
     assert "Switching root" not in report.console
+    assert "Kernel panic" not in report.console
 
 
 def test_debug_tells_everything(machine: Callable[..., Machine], disk: Disk) -> None:

@@ -19,7 +19,7 @@ if [ -e "$_immucore/sysroot.mount" ]; then
     # udev says of a loop device without a file that it is not ready. Said late, of the image that was tried before or of
     # none, that has systemd unmount what is mounted from it by now: sysroot.mount has a unit file, and stops with its
     # device (systemd.mount(5), StopPropagatedFrom=). Here, and not in the booted system, such a device is always ready.
-    # The other rule loads what the agent will need: udev has libkmod at hand, and a modprobe costs a quarter of the agent.
+    # The other rule loads what the agent will need: udev has libkmod at hand, and a modprobe costs a third of the agent.
     printf '%s\n' 'SUBSYSTEM=="block", KERNEL=="loop[0-9]*", ENV{SYSTEMD_READY}="1"' \
         'SUBSYSTEM=="mem", KERNEL=="null", ACTION=="add", RUN{builtin}+="kmod load loop overlay"' \
         > /etc/udev/rules.d/99-zz-immucore.rules

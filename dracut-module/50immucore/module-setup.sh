@@ -85,7 +85,7 @@ install() {
     local units=${systemdsystemunitdir:-/usr/lib/systemd/system}
     local guard=$_bundle/immucore-guard generator=/usr/lib/systemd/system-generators/immucore-generator dash
 
-    # systemd without it mounts a root, and never runs dracut's hooks, which keep others off our devices.
+    # Without dracut-systemd, systemd mounts a root by itself and never runs dracut's hooks, ours among them.
     if dracut_module_included systemd && ! dracut_module_included dracut-systemd; then
         dfatal "immucore: systemd is in this initramfs, and dracut-systemd is not: do not omit it, or omit both"
         exit 1
