@@ -249,7 +249,7 @@ def test_disk_that_does_not_answer_is_left_behind(tmp_path: Path) -> None:
     answer = evidence.save({"a": b"x"}, (Place(device=device, path="/oem", own_disk=True),), 0.2)
 
     assert answer == ("", ["the disk took longer than 0.2 s"])
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 2
 
 
 def test_no_place_at_all() -> None:
