@@ -209,12 +209,13 @@ def test_state_label_on_a_second_disk_is_refused(
 
 @pytest.mark.parametrize("spelling", [f"/dev/disk/by-id/virtio-{OWN}", "PARTUUID={}"])
 def test_boot_disk_decides_among_state_labels(
-    machine: Callable[..., Machine], disk: Disk, work: Path, spelling: str
+    machine: Callable[..., Machine], disk: Disk, work: Path, spelling: str, boot: int
 ) -> None:
-    extra = Extra(foreign(work, "foreign", "COS_STATE").path, "foreign", first=True)
+    first, files = shuffled(boot, "foreign")
+    extra = Extra(foreign(work, "foreign", "COS_STATE").path, "foreign", first=first)
     bootdisk = f"rd.cos.bootdisk={spelling.format(disk.partition('efi').partuuid)}"
 
-    report = booted(machine(disk, f"{expect.ACTIVE} {bootdisk}", extra_disks=[extra]))
+    report = booted(machine(disk, f"{expect.ACTIVE} {bootdisk}", extra_disks=[extra], initramfs_files=files))
 
     is_own(report, disk)
 
@@ -297,25 +298,14 @@ def is_unlocked(report: Report, number: int) -> None:
     is_own(report, disks.cos_disk(suite=stacks.SUITE), "/run/initramfs/cos-state", "/sysroot/oem")
 
 
-def test_luks_with_the_label_of_what_is_inside(
-    machine: Callable[..., Machine], images: Mapping[str, Path], boot: int
+@pytest.mark.parametrize(("name", "number"), [("luks", 1), ("luks-suffixed", 2), ("luks-silent", 3)])
+def test_luks_with_a_key_file(
+    machine: Callable[..., Machine], images: Mapping[str, Path], name: str, number: int, boot: int
 ) -> None:
-    """Whichever of the two udev has seen: the container is never mounted itself."""
-    files = {**key_file(1), **held_up('KERNEL=="dm-*|vda5"', boot)}
+    """The container has the label of what is inside, or its own, or none: it is never mounted itself."""
+    files = {**key_file(number), **held_up('KERNEL=="dm-*|vda5"', boot)}
 
-    report = booted(machine(stacked_disk(images["luks"]), expect.ACTIVE, initramfs_files=files))
-
-    is_unlocked(report, 1)
-    assert "assphrase" not in report.console
-
-
-@pytest.mark.parametrize(("name", "number"), [("luks-suffixed", 2), ("luks-silent", 3)])
-def test_luks_with_a_label_of_its_own_or_none(
-    machine: Callable[..., Machine], images: Mapping[str, Path], name: str, number: int
-) -> None:
-    own = machine(stacked_disk(images[name]), expect.ACTIVE, initramfs_files=key_file(number))
-
-    report = booted(own)
+    report = booted(machine(stacked_disk(images[name]), expect.ACTIVE, initramfs_files=files))
 
     is_unlocked(report, number)
     assert "assphrase" not in report.console
@@ -369,29 +359,20 @@ def test_luks_that_nobody_wants_stays_locked(
 # md, LVM, whole disks
 
 
-def is_whole(report: Report, number: int) -> None:
-    """Persistent is on an array, and the array has both of its legs."""
+@pytest.mark.parametrize("number", [6, 7], ids=["metadata 1.0", "metadata 1.2"])
+def test_md_array_and_not_its_leg(
+    machine: Callable[..., Machine], images: Mapping[str, Path], number: int, boot: int
+) -> None:
+    """With metadata 1.0 the file system begins where the leg does."""
+    own = stacked_disk(images[f"md{number}-a"])
+    first, files = shuffled(boot, "leg")
+    leg = Extra(images[f"md{number}-b"], "leg", first=first)
+
+    report = booted(machine(own, expect.ACTIVE, extra_disks=[leg], initramfs_files=files), MDSTAT)
+
     inside(report, number)
     assert report.mount("/sysroot/usr/local").source.startswith("/dev/md")
     assert "[UU]" in report.output(MDSTAT)
-
-
-def test_md_array_and_not_its_leg(
-    machine: Callable[..., Machine], images: Mapping[str, Path], boot: int
-) -> None:
-    """With metadata 1.0 the file system begins where the leg does."""
-    first, files = shuffled(boot, "leg")
-    leg = Extra(images["md6-b"], "leg", first=first)
-    own = machine(stacked_disk(images["md6-a"]), expect.ACTIVE, extra_disks=[leg], initramfs_files=files)
-
-    is_whole(booted(own, MDSTAT), 6)
-
-
-def test_md_with_its_metadata_first(machine: Callable[..., Machine], images: Mapping[str, Path]) -> None:
-    leg = Extra(images["md7-b"], "leg")
-    own = machine(stacked_disk(images["md7-a"]), expect.ACTIVE, extra_disks=[leg])
-
-    is_whole(booted(own, MDSTAT), 7)
 
 
 def test_md_degraded(machine: Callable[..., Machine], images: Mapping[str, Path]) -> None:
@@ -406,8 +387,8 @@ def test_md_degraded(machine: Callable[..., Machine], images: Mapping[str, Path]
     assert any(line.endswith("without the members that it lacks, degraded") for line in lines)
 
 
-def test_lvm(machine: Callable[..., Machine], images: Mapping[str, Path]) -> None:
-    files = held_up('KERNEL=="dm-*"', 4)  # the longest
+def test_lvm(machine: Callable[..., Machine], images: Mapping[str, Path], boot: int) -> None:
+    files = held_up('KERNEL=="dm-*"', boot)
 
     report = booted(machine(stacked_disk(images["pv"]), expect.ACTIVE, initramfs_files=files))
 
@@ -427,10 +408,11 @@ def test_lvm_degraded(machine: Callable[..., Machine], images: Mapping[str, Path
 
 
 def test_whole_disk_without_a_partition_table(
-    machine: Callable[..., Machine], images: Mapping[str, Path]
+    machine: Callable[..., Machine], images: Mapping[str, Path], boot: int
 ) -> None:
-    whole = Extra(images["whole"], "whole")
+    first, files = shuffled(boot, "whole")
+    whole = Extra(images["whole"], "whole", first=first)
 
-    report = booted(machine(stacked_disk(None), expect.ACTIVE, extra_disks=[whole]))
+    report = booted(machine(stacked_disk(None), expect.ACTIVE, extra_disks=[whole], initramfs_files=files))
 
     inside(report, 9, "whole")
