@@ -49,9 +49,8 @@ class Conflict(Record):
 class Merge(Record):
     """What a merge comes to."""
 
-    changes: tuple[
-        Change, ...
-    ]  # in an order in which they can be done: first what goes, children before parents
+    # In an order in which they can be done: first what goes, children before parents.
+    changes: tuple[Change, ...]
     conflicts: tuple[Conflict, ...]
 
 
