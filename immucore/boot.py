@@ -218,6 +218,8 @@ class Boot:
         finally:
             for step in self.record[before:]:
                 self.log.debug(f"{step.outcome} in {step.took_usec} us: {step.operation}")
+                if step.operation.target in self.kernel.merged:
+                    self.log.debug(f"{step.operation.target} {self.kernel.merged[step.operation.target]}")
                 if step.reason and step.outcome in ("degraded", "ignored", "makeshift"):
                     self.log.warning(f"{step.reason}; the boot goes on without it")
                     self.log.debug(f"hint: {step.hint}")
@@ -245,7 +247,9 @@ def image_of(layout: ModuleType, asked: Cmdline, root: str, run: str = observe.R
         warning = f"{error.message}; this boot goes on with the default layout"
         image = image.replace(settings=(), warnings=(*image.warnings, warning))
         paths = layout.listed_paths(asked, image)
-    whole: Image = image.replace(links=observe.links(root, paths))
+    whole: Image = image.replace(
+        links=observe.links(root, paths), identity=observe.identity(*layout.image_file(asked))
+    )
     return whole
 
 

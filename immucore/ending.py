@@ -41,6 +41,7 @@ def finish(boot: Boot, error: ImmucoreError | None) -> int:
             failures=boot.failures,
             next_entry=boot.next_entry,
             degraded=reasons,
+            conflicts=boot.kernel.conflicts,
             error=error,
             record=boot.record,
             waits=boot.waits,

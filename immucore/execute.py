@@ -53,8 +53,8 @@ if TYPE_CHECKING:
         def overlay(self, target: str, backing: str) -> str:
             """Stack a writable directory on another."""
 
-        def seed(self, source: str, target: str) -> str:
-            """Copy a directory that is not there yet."""
+        def seed(self, source: str, target: str, image: str) -> str:
+            """Copy a directory that is not there yet, or have it follow an image that is new."""
 
         def write_file(self, target: str, content: str) -> str:
             """Write a small file."""
@@ -152,8 +152,8 @@ def _call(operation: Operation, kernel: Kernel) -> str:  # noqa: PLR0911  one fo
             return kernel.mount_loop(source, target, options, init)
         case Overlay(target=target, backing=backing):
             return kernel.overlay(target, backing)
-        case Seed(source=source, target=target):
-            return kernel.seed(source, target)
+        case Seed(source=source, target=target, image=image):
+            return kernel.seed(source, target, image)
         case Bind(source=source, target=target):
             return kernel.bind(source, target)
         case WriteFile(target=target, content=content):

@@ -31,6 +31,7 @@ class Image(Record):
     links: tuple[
         tuple[str, str], ...
     ] = ()  # paths that lead elsewhere in the image: (path, without symlinks)
+    identity: str = ""  # of the file that holds it: another one may hold other files. Empty: not known
 
     def real(self, path: str) -> str:
         """Return the name of a path of the new root without symlinks."""
@@ -43,3 +44,8 @@ class Image(Record):
     def additions(self, name: str) -> tuple[Setting, ...]:
         """List the assignments that add to whatever `name` is."""
         return tuple(s for s in self.settings if s.name == name and s.adds)
+
+
+def manifest_head(identity: str) -> bytes:
+    """Give the first line of the manifest of what an image gave, which says of which image it is."""
+    return f'{{"image": "{identity}"}}\n'.encode()

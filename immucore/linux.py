@@ -12,13 +12,16 @@ import stat
 import struct
 import time
 
-from immucore import observe, seed, superblock, syscalls
+from immucore import files, observe, superblock, syscalls
 from immucore.errors import OTHER_SLOT, MakeshiftError, MountError
 from immucore.fstab import overlay_paths, unescape
-from immucore.plan import SYSROOT, is_below
+from immucore.image import manifest_head
+from immucore.plan import SYSROOT, as_booted, is_below
 
 TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
 if TYPE_CHECKING:
+    from contextlib import ExitStack
+
     from immucore.log import Log
     from immucore.observe import MountPoint
 
@@ -68,6 +71,8 @@ class Kernel:
         self._log = log  # for what takes long; None: this process' own
         self._checks: dict[str, tuple[str, str]] = {}
         self._places: dict[str, str] = {}
+        self.merged: dict[str, str] = {}  # what was done with directories of the state, by target
+        self.conflicts: list[str] = []  # what the image has another version of, and stayed as it was
         self._modules = f"{modules}/{os.uname().release}"  # the initramfs' own, for the kernel that runs
         # What an earlier run has mounted, by its path; looked up once, so that the cost stays linear.
         self._found = {mount.target: mount for mount in observe.mounts()}
@@ -198,10 +203,10 @@ class Kernel:
         """
         upper = f"{base}/upper"
         if not os.path.isdir(upper):
-            seed.remove(f"{base}/upper.new")  # of a boot that was cut off here
+            files.remove(f"{base}/upper.new")  # of a boot that was cut off here
             os.mkdir(f"{base}/upper.new", 0o700)
-            seed.copy_attributes(like, f"{base}/upper.new")
-            seed.fsync(f"{base}/upper.new")
+            files.copy_attributes(like, f"{base}/upper.new")
+            files.fsync(f"{base}/upper.new")
             os.rename(f"{base}/upper.new", upper)
         os.makedirs(f"{base}/work", 0o700, exist_ok=True)
         paths = dict(overlay_paths(where, base))
@@ -214,17 +219,39 @@ class Kernel:
             raise OSError(errno.ENOSPC, f"nothing can be made in '{base}/work'", where)
         return DONE
 
-    def seed(self, source: str, target: str) -> str:
+    def seed(self, source: str, target: str, image: str) -> str:
         """Copy the directory `source` to `target`, which appears whole or not at all.
 
-        One that is there stays.
+        One that is there follows `source` if that is of another image than the last time (contract §4.2).
         """
         parent, _, name = target.rpartition("/")
         where = f"{self.directory(parent)}/{name}"
-        if os.path.isdir(where) and not os.path.islink(where):
+        if os.path.isdir(where) and not os.path.islink(where) and (not image or _is_of(where, image)):
             return PRESENT
-        seed.copy_tree(self.directory(source), where)
+        import contextlib
+
+        from immucore import statedir  # an image that is not new needs neither
+
+        with contextlib.ExitStack() as opened:
+            given = self._of_image(source, opened) or self.directory(source)
+            outcome = statedir.follow(given, where, image)
+        self.merged[target] = str(outcome)
+        self.conflicts += [f"{as_booted(source)}/{each.path}".rstrip("/") for each in outcome.conflicts]
         return DONE
+
+    def _of_image(self, path: str, opened: ExitStack) -> str:
+        """Name a directory as the image has it, whatever is mounted over it by now; empty if it has none."""
+        root = self._roots[0]
+        image = syscalls.clone_mount(root)
+        opened.callback(os.close, image)
+        try:
+            descriptor = syscalls.openat2(
+                image, path[len(root) :].lstrip("/") or ".", os.O_PATH | os.O_DIRECTORY
+            )
+        except FileNotFoundError:
+            return ""
+        opened.callback(os.close, descriptor)
+        return f"/proc/self/fd/{descriptor}/."  # the directory, and not the link to it
 
     def unmount(self, target: str) -> None:
         """Take away what this run has mounted on `target`, at the latest when nobody uses it any more."""
@@ -393,6 +420,19 @@ def _whole(image: str) -> str:
         lost = found.claimed_bytes - size_bytes
         raise MountError(f"cannot mount '{image}': {lost} bytes of it are missing", hint=OTHER_SLOT)
     return found.fstype
+
+
+def _is_of(directory: str, image: str) -> bool:
+    """Tell whether what a directory of the state keeps was brought there by this image, or followed it."""
+    head = manifest_head(image)
+    try:
+        manifest = os.open(f"{directory.removesuffix('.bind')}.manifest", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        return os.read(manifest, len(head)) == head
+    finally:
+        os.close(manifest)
 
 
 def _same_source(there: MountPoint, source: str) -> bool:

@@ -1,8 +1,9 @@
 """The three-way merge of a directory that the image gives and people change (contract §4.2).
 
-Pure: what the image gave last time, what is there now, what the image gives this time → what is to change.
-What nobody has touched follows the image, what somebody has changed or deleted stays as it is, and what both
-have changed stays too and is listed: OSTree's rule for /etc. Nothing here knows where the trees are.
+Pure: what the image gave last time, what is there now, what the image gives this time → what the directory
+is to hold. What nobody has touched follows the image, what somebody has changed or deleted stays as it is,
+and what both have changed stays too and is listed: OSTree's rule for /etc. Nothing here knows where the
+trees are, and at no time is more of them held than the directories that lead to one path.
 """
 
 from __future__ import annotations
@@ -11,7 +12,26 @@ from immucore.values import Record
 
 TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Generator, Iterator, Mapping
+    from typing import Protocol
+
+    class Given(Protocol):
+        """What an image gives, or gave."""
+
+        root: Entry
+
+        def children(self, path: str) -> Mapping[str, Entry]:
+            """Give what is in a directory, by name; asked for in the order of a walk, parents first."""
+
+    class There(Protocol):
+        """What is there now."""
+
+        def kinds(self, path: str) -> Mapping[str, str]:
+            """Give the kind of each thing in a directory, by name."""
+
+        def entry(self, path: str) -> Entry:
+            """Look closely at one thing, which may mean reading it."""
+
 
 DIRECTORY = "directory"
 
@@ -23,19 +43,38 @@ class Entry(Record):
     mode: int  # permissions, as chmod(2) takes them
     uid: int
     gid: int
-    content: str = ""  # digest of a file's data, target of a symlink, major:minor of a device
-    xattrs: tuple[tuple[str, bytes], ...] = ()  # sorted; ACLs, capabilities and labels are among them
+    content: str = ""  # size and digest of a file's data, target of a symlink, major:minor of a device
+    flags: int = 0  # those of chattr(1) that people set
+    xattrs: tuple[tuple[str, bytes], ...] = ()  # sorted; ACLs and capabilities are among them
+    link: str = ""  # which file it is, if that has several paths; only of what an image gives
+
+    @property
+    def alone(self) -> Entry:
+        """The same without what it is linked to."""
+        lone: Entry = self.replace(link="") if self.link else self
+        return lone
 
 
-if TYPE_CHECKING:
-    Tree = Mapping[str, Entry]  # by the path below the directory; the directory itself is ""
+class Decision(Record):
+    """What becomes of one path; a directory is decided on after what is in it.
+
+    `whole`: with everything below it, which then has no decisions of its own.
+    """
+
+    path: str  # below the directory that is merged; that itself is ""
+    whole: bool = True
 
 
-class Change(Record):
-    """What has to be done to one path of the current tree: the image's version goes there, or nothing."""
+class Keep(Decision):
+    """What is there stays."""
 
-    path: str
-    entry: Entry | None  # None: remove it
+
+class Take(Decision):
+    """The image's version is put there."""
+
+
+class Drop(Decision):
+    """What is there goes, because the image has it no longer or has something else there."""
 
 
 class Conflict(Record):
@@ -46,80 +85,125 @@ class Conflict(Record):
     theirs: Entry | None  # what the image would have put there
 
 
-class Merge(Record):
-    """What a merge comes to."""
+class Merge:
+    """One merge: iterate over it for the decisions, then see what was in conflict.
 
-    # In an order in which they can be done: first what goes, children before parents.
-    changes: tuple[Change, ...]
-    conflicts: tuple[Conflict, ...]
-
-
-def merge(before: Tree, now: Tree, image: Tree) -> Merge:
-    """Merge what the image gives this time into what is there, knowing what the image gave last time.
-
-    Every tree names the parent of each of its paths, and that is a directory; without the directory itself a
-    tree is empty. Cost: linear in the number of paths, but for sorting them.
+    `before` is what the image gave last time, `image` what it gives now. `mine` is what somebody had made of
+    paths of this very image when another took its place, None for deleted: where that is still there, it
+    stays, so that going to another image and back changes nothing. Each tree has a directory at its root.
     """
-    result = dict(now)
-    conflicts: dict[str, Conflict] = {}
-    for path in {*before, *now, *image}:
-        old, ours, theirs = before.get(path), now.get(path), image.get(path)
-        if theirs in (old, ours):
-            continue
-        if ours == old:
-            _put(result, path, theirs)
+
+    def __init__(
+        self, before: Given, now: There, image: Given, mine: Mapping[str, Entry | None] | None = None
+    ) -> None:
+        self._before, self._now, self._image, self._mine = before, now, image, mine or {}
+        self._missed = {path for path, entry in self._mine.items() if entry is None}
+        self._above_missed = {path[:end] for path in self._missed for end in _slashes(path)}
+        self.conflicts: list[Conflict] = []
+        self.diverged: dict[str, Entry | None] = {}  # `mine` for the next time that `before` comes back
+
+    def __iter__(self) -> Generator[Decision, None, bool]:
+        return self._one("", self._before.root, DIRECTORY, self._image.root)
+
+    def _below(self, path: str, old: bool, here: bool, new: bool) -> Generator[Decision, None, bool]:
+        """Decide on what is in a directory, which each side has or not; tell whether anything is left."""
+        before = self._before.children(path) if old else {}
+        now = self._now.kinds(path) if here else {}
+        image = self._image.children(path) if new else {}
+        left = False
+        for name in sorted({*before, *now, *image}):
+            place = f"{path}/{name}" if path else name
+            if here:
+                left |= yield from self._one(place, before.get(name), now.get(name), image.get(name))
+            else:
+                yield from self._nowhere(place, before.get(name), image.get(name))
+        return left
+
+    def _nowhere(
+        self, path: str, old: Entry | None, theirs: Entry | None
+    ) -> Generator[Decision, None, bool]:
+        """Note what the image gives below a directory that somebody has deleted or made a file."""
+        self._note(path, old, None, theirs)
+        return (yield from self._below(path, _is_directory(old), False, _is_directory(theirs)))
+
+    def _one(
+        self, path: str, old: Entry | None, kind: str | None, theirs: Entry | None
+    ) -> Generator[Decision, None, bool]:
+        """Decide on one path; tell whether there will be something."""
+        if old is None and theirs is None:
+            yield Keep(path=path)
+            return True
+        ours = None
+        if old != theirs:
+            ours = self._now.entry(path) if kind is not None else None
+            untouched = ours == (old.alone if old else None)
+            if untouched and not self._is_mine(path, ours):
+                return (yield from self._follow(path, ours, theirs))
+            if not untouched:
+                self._note(path, old, ours, theirs)
+        below = _is_directory(old), kind == DIRECTORY, _is_directory(theirs)
+        if kind != DIRECTORY:
+            if kind is not None:
+                yield Keep(path=path)
+            yield from self._below(path, *below)
+            return kind is not None
+        if below[0] or below[2]:
+            yield from self._below(path, *below)
+            yield Keep(path=path, whole=False)
         else:
-            conflicts[path] = Conflict(path=path, ours=ours, theirs=theirs)
-    # Each path is right now by itself, and may not fit what is around it.
-    for path in _holding(
-        path for path, entry in result.items() if entry == now.get(path) != image.get(path)
-    ):
-        if _is_directory(now.get(path)) and not _is_directory(result.get(path)):
-            # What somebody has put here needs the directory that the image has taken away, or made a file.
-            result[path] = now[path]
-            if path in image:
-                conflicts[path] = Conflict(path=path, ours=now[path], theirs=image[path])
-    for path in sorted(result):  # parents first
-        if path and not _is_directory(result.get(_parent(path))):
-            # What the image puts here has no place: somebody has deleted the directory, or made it a file.
-            del result[path]
-            conflicts[path] = Conflict(path=path, ours=None, theirs=image[path])
-    return Merge(
-        changes=tuple(_changes(now, result)),
-        conflicts=tuple(conflicts[path] for path in sorted(conflicts)),
-    )
+            yield Keep(path=path)
+        return True
 
+    def _follow(
+        self, path: str, ours: Entry | None, theirs: Entry | None
+    ) -> Generator[Decision, None, bool]:
+        """Have a path that nobody has touched follow the image."""
+        if not _is_directory(ours):
+            if ours is not None and theirs is None:
+                yield Drop(path=path)
+            elif theirs is not None:
+                yield from self._take(path, theirs)
+            return theirs is not None
+        stays = yield from self._below(path, True, True, _is_directory(theirs))
+        if _is_directory(theirs):
+            yield Take(path=path, whole=False)
+            return True
+        if stays:  # what somebody has put here needs the directory that the image takes away
+            if theirs is not None:
+                self.conflicts.append(Conflict(path=path, ours=ours, theirs=theirs))
+            yield Keep(path=path, whole=False)
+            return True
+        yield Drop(path=path)
+        if theirs is not None:
+            yield Take(path=path)
+        return theirs is not None
 
-def _put(tree: dict[str, Entry], path: str, entry: Entry | None) -> None:
-    if entry is None:
-        tree.pop(path, None)
-    else:
-        tree[path] = entry
+    def _take(self, path: str, theirs: Entry) -> Iterator[Decision]:
+        """Put there what the image has, without what somebody had deleted from it."""
+        if path not in self._above_missed or not _is_directory(theirs):
+            yield Take(path=path)
+            return
+        for name, entry in sorted(self._image.children(path).items()):
+            if f"{path}/{name}" not in self._missed:
+                yield from self._take(f"{path}/{name}", entry)
+        yield Take(path=path, whole=False)
 
+    def _note(self, path: str, old: Entry | None, ours: Entry | None, theirs: Entry | None) -> None:
+        """Note what the image has another version of than before, and somebody too."""
+        if old == theirs:
+            return
+        if ours != (old.alone if old else None):
+            self.diverged[path] = ours
+        if ours != (theirs.alone if theirs else None) and not self._is_mine(path, ours):
+            self.conflicts.append(Conflict(path=path, ours=ours, theirs=theirs))
 
-def _holding(paths: Iterable[str]) -> set[str]:
-    """List every directory above the paths."""
-    above: set[str] = set()
-    for path in paths:
-        while path and (path := _parent(path)) not in above:
-            above.add(path)
-    return above
-
-
-def _parent(path: str) -> str:
-    return path.rpartition("/")[0]
+    def _is_mine(self, path: str, ours: Entry | None) -> bool:
+        return path in self._mine and self._mine[path] == ours
 
 
 def _is_directory(entry: Entry | None) -> bool:
     return entry is not None and entry.kind == DIRECTORY
 
 
-def _changes(now: Tree, result: Tree) -> Iterator[Change]:
-    """Order what turns one tree into the other: a directory goes before a file takes its place, and back."""
-    for path in sorted(now, reverse=True):
-        goes = result.get(path)
-        if goes is None or _is_directory(goes) != _is_directory(now[path]):
-            yield Change(path=path, entry=None)
-    for path in sorted(result):
-        if result[path] != now.get(path):
-            yield Change(path=path, entry=result[path])
+def _slashes(path: str) -> Iterator[int]:
+    return (index for index, character in enumerate(path) if character == "/")

@@ -153,9 +153,10 @@ class Overlay(Operation):
 
 
 class Seed(Operation):
-    """Copy the image's directory `source` to `target` unless there is one already."""
+    """Copy the image's directory `source` to `target`, or have what is there follow an image that is new."""
 
     source: str
+    image: str = ""  # identity of the image; empty: it is not known, and what is there stays
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -119,6 +119,7 @@ def result(
     failures: list[Failure],
     next_entry: str,
     degraded: list[str],
+    conflicts: list[str],
     error: ImmucoreError | None,
     record: list[Step],
     waits: list[Wait],
@@ -143,6 +144,7 @@ def result(
         "failures": [{"mode": each.mode, "message": each.error.message} for each in failures],
         "next_entry": next_entry,
         "degraded": degraded,
+        "conflicts": conflicts,  # what the image has another version of, and stayed as somebody has made it
         "root": {"dev": f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}", "ino": status.st_ino}
         if status
         else None,

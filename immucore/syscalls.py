@@ -28,6 +28,7 @@ MS = {
 MS_BIND = 4096
 MNT_DETACH = 2  # umount2(2)
 # asm-generic/unistd.h, the same on every architecture but alpha
+_NR_OPEN_TREE = 428
 _NR_MOVE_MOUNT, _NR_FSOPEN, _NR_FSCONFIG, _NR_FSMOUNT, _NR_FSPICK, _NR_OPENAT2 = 429, 430, 431, 432, 433, 437
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING = 0, 1  # linux/mount.h, as what follows
 _FSCONFIG_CMD_CREATE, _FSCONFIG_CMD_RECONFIGURE = 6, 7
@@ -35,7 +36,9 @@ _FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = _FSPICK_CLOEXEC = 1
 _FSPICK_EMPTY_PATH = 8
 _MOUNT_ATTR_RDONLY = 1
 _MOVE_MOUNT_F_EMPTY_PATH = 4
+_OPEN_TREE_CLONE = 1
 _AT_FDCWD = -100
+_RENAME_EXCHANGE = 2  # linux/fs.h
 
 
 class _Function(_ctypes.CFuncPtr):
@@ -88,6 +91,11 @@ def detached_mount(source: str, fstype: str, *, read_only: bool, options: tuple[
         os.close(context)
 
 
+def clone_mount(path: str) -> int:
+    """Open a directory as it is without what is mounted below it (open_tree(2)); closing it is the end."""
+    return _call(_NR_OPEN_TREE, _AT_FDCWD, os.fsencode(path), _OPEN_TREE_CLONE | os.O_CLOEXEC, path=path)
+
+
 def reconfigure(descriptor: int, option: str) -> None:
     """Make the file system of a detached mount `rw` or `ro`; other mounts of it stay what they are."""
     picked = _call(_NR_FSPICK, descriptor, b"", _FSPICK_CLOEXEC | _FSPICK_EMPTY_PATH, path="")
@@ -127,6 +135,14 @@ def openat2(directory: int, path: str, flags: int, resolve: int = RESOLVE_IN_ROO
         if _ctypes.get_errno() != errno.EAGAIN:
             break
     raise _error(path)
+
+
+def exchange(one: str, other: str) -> None:
+    """Give two paths of a file system each other's name in one step (renameat2(2), RENAME_EXCHANGE)."""
+    renameat2 = _Function(_ctypes.dlsym(_program, "renameat2"))
+    paths = os.fsencode(one), os.fsencode(other)
+    if renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) < 0:
+        raise _error(other)
 
 
 def syncfs(descriptor: int) -> None:

@@ -16,6 +16,7 @@ import functools
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import time
@@ -224,6 +225,34 @@ def make_varied(directory: Path) -> Path:
     os.utime(directory / "sparse", ns=(1_500_000_000_123_456_789, 1_600_000_000_987_654_321))
     os.utime(directory / "log", ns=(1_500_000_000_000_000_001, 1_600_000_000_000_000_002))
     return directory
+
+
+def described(directory: Path) -> dict[str, object]:
+    """Describe everything below a directory that copying it has to keep."""
+    found: dict[str, object] = {}
+    inodes: dict[tuple[int, int], str] = {}
+    for path in [directory, *sorted(directory.rglob("*"))]:
+        status = path.lstat()
+        name = str(path.relative_to(directory))
+        first = inodes.setdefault((status.st_dev, status.st_ino), name)
+        found[name] = {
+            "mode": oct(status.st_mode),
+            "owner": (status.st_uid, status.st_gid),
+            "mtime": status.st_mtime_ns,
+            "device": status.st_rdev,
+            "first of its links": first,
+            "links": status.st_nlink if stat.S_ISREG(status.st_mode) else 0,
+            "xattrs": {
+                key: os.getxattr(path, key, follow_symlinks=False)
+                for key in os.listxattr(path, follow_symlinks=False)
+            },
+            "content": path.read_bytes()
+            if stat.S_ISREG(status.st_mode)
+            else os.readlink(path)
+            if path.is_symlink()
+            else None,
+        }
+    return found
 
 
 def make_disk(disk: Path, work: Path) -> None:

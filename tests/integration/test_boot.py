@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from native import ACTIVE, PASSIVE, RECOVERY, ROOT, Boot, Machine, wait_until_listening
+from native import ACTIVE, PASSIVE, RECOVERY, ROOT, Boot, Machine, described, wait_until_listening
 
 STATE = "/run/initramfs/cos-state"
 RW_PATHS = ("/etc", "/home", "/opt", "/root", "/srv", "/usr/local", "/var")  # as they are mounted
@@ -243,6 +243,90 @@ def test_state_survives_and_the_rest_does_not(
     assert not machine.path("/sysroot/var/sparse").exists()
     seeds = [outcome for step, outcome in boot.outcomes().items() if step.startswith("seed")]
     assert seeds == (["present"] * 2 if layout_text == BIND_STATE else [])
+
+
+KEPT = "/sysroot/usr/local/.state"
+
+
+def test_an_upgrade_and_the_way_back(switch_on: Callable[[], Machine], agent: Sequence[str]) -> None:
+    """What nobody has touched follows the image that is booted, what somebody has changed stays."""
+    machine = switch_on()
+    for slot in ("active", "passive"):
+        layout(machine, BIND_STATE.replace("/var", "/var /var/log"), name=f"{slot}.img")
+    with machine.image(name="passive.img") as root:
+        (root / "var/log/messages").write_text("passive\n")
+        (root / "var/tool").write_text("passive\n")
+        (root / "var/new").write_text("passive\n")
+        (root / "var/sparse").unlink()
+    check_good(machine, machine.boot(ACTIVE, agent), "active", "/cOS/active.img")
+    first = described(machine.path(f"{KEPT}/var.bind"))
+    machine.path("/sysroot/var/tool").write_text("mine\n")
+    machine.path("/sysroot/var/mine").write_text("mine\n")
+
+    machine = switch_on()
+    boot = machine.boot(PASSIVE, agent)
+
+    check_good(machine, boot, "passive", "/cOS/passive.img")
+    assert boot.outcomes()[f"seed {KEPT}/var.bind"] == "done"
+    assert machine.path("/sysroot/var/tool").read_text() == "mine\n"
+    assert machine.path("/sysroot/var/new").read_text() == "passive\n"
+    assert machine.path("/sysroot/var/log/messages").read_text() == "passive\n"
+    assert not machine.path("/sysroot/var/sparse").exists()
+    assert boot.result["conflicts"] == ["/var/tool"]
+
+    machine = switch_on()
+    boot = machine.boot(ACTIVE, agent)
+
+    check_good(machine, boot, "active", "/cOS/active.img")
+    assert boot.result["conflicts"] == []
+    back = described(machine.path(f"{KEPT}/var.bind"))
+    assert back.pop("mine")["content"] == b"mine\n"
+    assert back["tool"]["content"] == b"mine\n"
+    for each in (back, first):
+        each.pop("tool")
+        each.pop("."), each.pop("log")  # the times of directories are those of their changes
+    assert back == first
+
+
+def test_an_image_that_has_not_changed_is_not_compared(machine: Machine, agent: Sequence[str]) -> None:
+    """A boot of the same image looks at no file of the state, and at none of what the image gives for it."""
+    layout(machine, BIND_STATE)
+    machine.boot(ACTIVE, agent)
+    for path in ("/sysroot/home", "/sysroot/var"):
+        machine.run("umount", path)
+    strace = ("strace", "--output=/machine/trace", "--trace=%file,%desc", "--decode-fds=path")
+
+    boot = machine.boot(ACTIVE, (*strace, *agent))
+
+    assert [outcome for step, outcome in boot.outcomes().items() if step.startswith("seed")] == [
+        "present"
+    ] * 2
+    trace = machine.path("/machine/trace").read_text()
+    assert "/.state/var.manifest" in trace
+    assert not re.findall(r".*/\.state/[a-z]+\.bind/.*", trace)
+    assert not re.findall(r".*/sysroot/(?:home|var)/.*", trace)
+    assert "getdents64" not in "\n".join(line for line in trace.splitlines() if "/.state" in line)
+
+
+def test_a_second_run_does_not_take_the_state_for_the_image(machine: Machine, agent: Sequence[str]) -> None:
+    """A disk that was too full for the new image's files, and an agent that is started once more."""
+    layout(machine, BIND_STATE)
+    machine.boot(ACTIVE, agent)
+    for path in ("/sysroot/home", "/sysroot/var"):
+        machine.run("umount", path)
+    machine.path("/sysroot/var").stat()
+    (machine.path(f"{KEPT}/var.bind") / "tool").write_text("mine")
+    manifest = machine.path(f"{KEPT}/var.manifest")
+    lines = manifest.read_text().splitlines(keepends=True)
+    manifest.write_text("".join(['{"image": "another"}\n', *lines[1:]]))
+    machine.boot(ACTIVE, agent)
+    manifest.write_text("".join(['{"image": "another"}\n', *lines[1:]]))
+
+    boot = machine.boot(ACTIVE, agent)  # with /var bound
+
+    assert boot.result["outcome"] == "ok"
+    assert manifest.read_text().splitlines()[1:-1] == [line.rstrip("\n") for line in lines[1:-1]]
+    assert machine.path("/sysroot/var/tool").read_text() == "mine"
 
 
 def test_overlay_on_a_block_device_is_kept(switch_on: Callable[[], Machine], agent: Sequence[str]) -> None:
@@ -753,7 +837,11 @@ def test_disk_full_while_seeding(machine: Machine, agent: Sequence[str]) -> None
     boot = machine.boot(ACTIVE, agent)
 
     copy = "/sysroot/usr/local/.state/var.bind"
-    message = f"cannot seed {copy} from /sysroot/var: No space left on device"
+    message = boot.result["error"]["message"]
+    reason = f"cannot seed '{copy}': No space left on device: ([0-9]+) KiB more are needed"
+    told = re.fullmatch(reason, message)
+    assert told is not None
+    assert 500 < int(told[1]) < 700
     check_failed(machine, boot, 4, message, "free space on the file system that holds it")
     assert not machine.path(copy).exists()
     assert not machine.path(f"{copy}.new").exists()

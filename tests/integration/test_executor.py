@@ -16,7 +16,7 @@ from pathlib import Path
 
 import native
 import pytest
-from native import isolated
+from native import described, isolated
 
 from immucore import grubenv, linux, observe
 from immucore.errors import KernelMismatchError, MakeshiftError, MountError
@@ -25,6 +25,7 @@ from immucore.linux import DONE, PRESENT, Kernel
 from immucore.plan import Bind, Mount, Operation, Overlay, Plan, Seed, WriteFile
 
 LOOP_CTL_REMOVE = 0x4C81  # linux/loop.h
+IMAGE = "0123456789abcdef0123456789abcdef"  # the identity of an image
 
 
 def mounted(path: Path) -> observe.MountPoint | None:
@@ -238,34 +239,6 @@ def test_what_the_kernel_refuses_is_told(tmp_path: Path) -> None:
 # Copying
 
 
-def described(directory: Path) -> dict[str, object]:
-    """Describe everything below a directory that copying it has to keep."""
-    found: dict[str, object] = {}
-    inodes: dict[tuple[int, int], str] = {}
-    for path in [directory, *sorted(directory.rglob("*"))]:
-        status = path.lstat()
-        name = str(path.relative_to(directory))
-        first = inodes.setdefault((status.st_dev, status.st_ino), name)
-        found[name] = {
-            "mode": oct(status.st_mode),
-            "owner": (status.st_uid, status.st_gid),
-            "mtime": status.st_mtime_ns,
-            "device": status.st_rdev,
-            "first of its links": first,
-            "links": status.st_nlink if stat.S_ISREG(status.st_mode) else 0,
-            "xattrs": {
-                key: os.getxattr(path, key, follow_symlinks=False)
-                for key in os.listxattr(path, follow_symlinks=False)
-            },
-            "content": path.read_bytes()
-            if stat.S_ISREG(status.st_mode)
-            else os.readlink(path)
-            if path.is_symlink()
-            else None,
-        }
-    return found
-
-
 @isolated(user=False)
 def test_a_seed_is_the_same_in_everything(tmp_path: Path) -> None:
     """Mode, owner, extended attributes, ACLs, capabilities, hard links, holes, devices, times."""
@@ -276,7 +249,7 @@ def test_a_seed_is_the_same_in_everything(tmp_path: Path) -> None:
     os.chown(source, 1, 2)
     source.chmod(0o2751)
 
-    assert kernel.seed(str(source), f"{tmp_path}/state/var.bind") == DONE
+    assert kernel.seed(str(source), f"{tmp_path}/state/var.bind", IMAGE) == DONE
 
     copy = tmp_path / "state/var.bind"
     os.removexattr(source / "log", "trusted.overlay.opaque")  # says something about the overlay it came from
@@ -286,8 +259,8 @@ def test_a_seed_is_the_same_in_everything(tmp_path: Path) -> None:
     assert kinds == {"user", "system", "security", "trusted"}
     assert (copy / "sparse").stat().st_blocks <= (source / "sparse").stat().st_blocks < 1024
     assert (copy / "log/messages").stat().st_nlink == 2
-    assert kernel.seed(str(source), f"{tmp_path}/state/var.bind") == PRESENT
-    assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["var.bind"]
+    assert kernel.seed(str(source), f"{tmp_path}/state/var.bind", IMAGE) == PRESENT
+    assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["var.bind", "var.manifest"]
 
 
 @isolated(user=False)
@@ -316,8 +289,8 @@ def test_no_space_leaves_nothing(tmp_path: Path) -> None:
     (source / "large").write_bytes(b"x" * 300_000)
     state = tmpfs(kernel, tmp_path / "state", "size=256k")
 
-    with pytest.raises(OSError, match="No space left on device"):
-        kernel.seed(str(source), f"{state}/var.bind")
+    with pytest.raises(MountError, match=r"No space left on device: [0-9]+ KiB more are needed"):
+        kernel.seed(str(source), f"{state}/var.bind", IMAGE)
 
     assert list(state.iterdir()) == []
 
@@ -331,7 +304,7 @@ def test_a_copy_that_was_cut_off_is_begun_anew(tmp_path: Path) -> None:
     (rest / "sparse").write_text("half")
     (rest / "log/out").symlink_to(source)  # must not be followed when it is removed
 
-    assert kernel.seed(str(source), f"{tmp_path}/state/var.bind") == DONE
+    assert kernel.seed(str(source), f"{tmp_path}/state/var.bind", IMAGE) == DONE
 
     assert described(tmp_path / "state/var.bind") == described(source)
     assert not rest.exists()
@@ -347,7 +320,7 @@ def test_a_link_in_place_of_a_seed_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "state/var.bind").symlink_to(elsewhere)
 
     with pytest.raises((OSError, MountError)):
-        kernel.seed(str(source), f"{tmp_path}/state/var.bind")
+        kernel.seed(str(source), f"{tmp_path}/state/var.bind", IMAGE)
 
     assert list(elsewhere.iterdir()) == []
 

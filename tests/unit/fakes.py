@@ -75,8 +75,8 @@ class FakeKernel:
     def overlay(self, target: str, backing: str) -> str:
         return self._call(target, "overlay", target, backing)
 
-    def seed(self, source: str, target: str) -> str:
-        return self._call(target, "seed", source, target)
+    def seed(self, source: str, target: str, image: str) -> str:
+        return self._call(target, "seed", source, target, *([image] if image else []))
 
     def write_file(self, target: str, content: str) -> str:
         return self._call(target, "write", target, content)

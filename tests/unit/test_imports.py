@@ -26,17 +26,25 @@ ALLOWED = {
     *("_collections_abc", "_stat", "genericpath", "os", "os.path", "posixpath", "stat"),  # os
     *("_ctypes", "_struct", "struct"),  # mount(2), ioctls
     *("errno", "faulthandler", "fcntl", "_json", "__future__"),
+    "_blake2",  # the identity of the image
 }
 OURS = {
     "immucore",
     *(
         f"immucore.{name}"
-        for name in ("boot", "cmdline", "devices", "ending", "envfile", "errors", "execute", "fstab")
+        for name in (
+            "boot",
+            "cmdline",
+            "devices",
+            "ending",
+            "envfile",
+            "errors",
+            "execute",
+            "files",
+            "fstab",
+        )
     ),
-    *(
-        f"immucore.{name}"
-        for name in ("image", "layouts", "linux", "log", "observe", "plan", "report", "seed")
-    ),
+    *(f"immucore.{name}" for name in ("image", "layouts", "linux", "log", "observe", "plan", "report")),
     *(f"immucore.layouts.{name}" for name in ("cos", "cos.modes", "cos.names", "cos.settings", "upkeep")),
     *(f"immucore.{name}" for name in ("superblock", "syscalls", "values")),
 }

@@ -6,57 +6,69 @@ from collections.abc import Mapping
 
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
+from merge_model import VERSIONS, Tree, check, entry, tree, trees
 
-from immucore.merge import Change, Entry, merge
-
-Tree = Mapping[str, Entry]
-VERSIONS = ("file one", "file two", "file three", "directory", "directory 0700", "symlink", "absent")
+from immucore.merge import Conflict, Drop, Entry, Keep, Merge, Take
 
 
-def entry(version: str) -> Entry:
-    kind, _, which = version.partition(" ")
-    mode = 0o700 if which == "0700" else 0o755
-    return Entry(kind=kind, mode=mode, uid=0, gid=0, content=which if kind == "file" else "")
+def children(tree: Tree, path: str) -> dict[str, Entry]:
+    return {
+        other.rpartition("/")[2]: entry
+        for other, entry in tree.items()
+        if other and other.rpartition("/")[0] == path
+    }
 
 
-def tree(**paths: str) -> Tree:
-    """Make a tree; __ is a slash, and directories that are not named are ordinary ones."""
-    made = {"": entry("directory")}
-    for name, version in paths.items():
-        path = name.replace("__", "/")
-        while (path := path.rpartition("/")[0]) and path not in made:
-            made[path] = entry("directory")
-        if version != "absent":
-            made[name.replace("__", "/")] = entry(version)
-    return made
+class Side:
+    """A tree as the merge reads it, on either side; it is asked in the order in which a manifest is read."""
+
+    def __init__(self, tree: Tree) -> None:
+        self.root = tree[""]
+        self._tree = tree
+        self._asked: list[list[str]] = []
+
+    def children(self, path: str) -> dict[str, Entry]:
+        here = children(self._tree, path)
+        assert self._tree[path].kind == "directory"
+        parts = path.split("/") if path else []
+        assert not self._asked or self._asked[-1] < parts, "asked for in the order of a walk, and once"
+        self._asked.append(parts)
+        return here
+
+    def kinds(self, path: str) -> dict[str, str]:
+        return {name: entry.kind for name, entry in children(self._tree, path).items()}
+
+    def entry(self, path: str) -> Entry:
+        return self._tree[path].alone
 
 
-def applied(now: Tree, changes: tuple[Change, ...]) -> dict[str, Entry]:
-    """Do the changes one by one, as a file system would allow it."""
-    result = dict(now)
-    for change in changes:
-        below = [
-            path for path in result if path.startswith(f"{change.path}/" if change.path else "") and path
-        ]
-        there = result.get(change.path)
-        if change.entry is None:
-            assert there is not None
-            assert below == [] or there.kind != "directory"
-            del result[change.path]
+def merged(
+    before: Tree, now: Tree, image: Tree, mine: Mapping[str, Entry | None] | None = None
+) -> tuple[dict[str, Entry], Merge]:
+    """Make what a merge decides on, decision by decision."""
+    merge = Merge(Side(before), Side(now), Side(image), mine)
+    result: dict[str, Entry] = {}
+    decided: set[tuple[str, type]] = set()
+    for decision in merge:
+        path = decision.path
+        assert (path, type(decision)) not in decided
+        decided.add((path, type(decision)))
+        if isinstance(decision, Drop):
+            assert path in now
+            assert not [each for each in result if each.startswith(f"{path}/")]
             continue
-        if change.path:
-            assert result[change.path.rpartition("/")[0]].kind == "directory"
-        if there is not None:
-            assert (there.kind == "directory") == (change.entry.kind == "directory")
-        result[change.path] = change.entry
-    return result
+        assert path not in result
+        assert isinstance(decision, Keep | Take)
+        side = now if isinstance(decision, Keep) else image
+        assert decision.whole or side[path].kind == "directory"
+        result[path] = side[path]
+        if decision.whole:
+            result |= {each: entry for each, entry in side.items() if each.startswith(f"{path}/")}
+    return result, merge
 
 
-def is_whole(result: Tree) -> bool:
-    return all(
-        result.get(path.rpartition("/")[0], entry("file one")).kind == "directory" for path in result if path
-    )
+def conflicts(merge: Merge) -> list[Conflict]:
+    return sorted(merge.conflicts, key=lambda each: each.path)
 
 
 @pytest.mark.parametrize("image", VERSIONS)
@@ -64,12 +76,12 @@ def is_whole(result: Tree) -> bool:
 @pytest.mark.parametrize("before", VERSIONS)
 def test_every_case_of_one_path(before: str, now: str, image: str) -> None:
     old, ours, theirs = (tree(x=version) for version in (before, now, image))
-    done = merge(old, ours, theirs)
+    result, done = merged(old, ours, theirs)
 
     expected = image if now == before else now
-    assert applied(ours, done.changes) == tree(x=expected)
+    assert result == tree(x=expected)
     both = before not in (now, image) and now != image
-    assert [(each.path, each.ours, each.theirs) for each in done.conflicts] == (
+    assert [(each.path, each.ours, each.theirs) for each in conflicts(done)] == (
         [("x", ours.get("x"), theirs.get("x"))] if both else []
     )
 
@@ -148,70 +160,77 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("before", "now", "image", "expected", "conflicts"), CASES.values(), ids=CASES)
-def test_what_lies_in_another(
-    before: Tree, now: Tree, image: Tree, expected: Tree, conflicts: list[str]
-) -> None:
-    done = merge(before, now, image)
-    assert applied(now, done.changes) == expected
-    assert [each.path for each in done.conflicts] == conflicts
+@pytest.mark.parametrize(("before", "now", "image", "expected", "told"), CASES.values(), ids=CASES)
+def test_what_lies_in_another(before: Tree, now: Tree, image: Tree, expected: Tree, told: list[str]) -> None:
+    result, done = merged(before, now, image)
+    assert result == expected
+    assert [each.path for each in conflicts(done)] == told
 
 
-def test_an_adopted_directory_is_not_touched() -> None:
-    """What the image gave is taken to be what it gives: nothing has changed, so nothing is done."""
-    now, image = tree(a="file one", b="file two"), tree(a="file three", c="file one")
-    assert merge(image, now, image).changes == ()
+def test_what_is_linked_to_what_is_the_images_business() -> None:
+    """That nobody has changed a file is seen without looking for what else is the same file."""
+    lone = entry("file one")
+    both = lone.replace(link="a")
+    old = {"": entry("directory"), "a": lone}
+    new = {"": entry("directory"), "a": both, "b": both}
+    result, done = merged(old, old, new)
+    assert result == new
+    assert done.conflicts == []
+    assert merged(new, {path: each.alone for path, each in new.items()}, old)[0] == old
 
 
-NAMES = [
-    f"{a}{b}{c}" for a in ("a", "b") for b in ("", "/a", "/b") for c in (("", "/a", "/b") if b else ("",))
-]
+def test_to_another_image_and_back() -> None:
+    """What the other image happens to have as somebody wants it is not taken away by the way back."""
+    one = tree(changed="file one", deleted="file one", d__deleted="file one", plain="file one")
+    two = tree(changed="file two", plain="file two")
+    mine = tree(changed="file two", plain="file one")
+    there, done = merged(one, mine, two)
+    assert there == two
+    assert done.diverged == {
+        "changed": entry("file two"),
+        **dict.fromkeys(("d", "d/deleted", "deleted")),
+    }
+    back, done = merged(two, there, one, done.diverged)
+    assert back == mine
+    assert done.conflicts == []
+    assert merged(two, there, one)[0] == one, "without a memory of it nobody could tell"
 
 
-@st.composite
-def trees(draw: st.DrawFn) -> Tree:
-    made = {"": entry("directory")}
-    for path in NAMES:
-        parent = made.get(path.rpartition("/")[0])
-        version = draw(st.sampled_from(VERSIONS))
-        if parent is not None and parent.kind == "directory" and version != "absent":
-            made[path] = entry(version)
-    return made
+def test_what_is_changed_in_the_other_image_counts_there() -> None:
+    one, two = tree(f="file one"), tree(f="file two")
+    there, done = merged(one, tree(), two)
+    assert there == tree(), "deleted"
+    assert [each.path for each in done.conflicts] == ["f"]
+    restored = tree(f="file two")
+    assert merged(two, restored, one, done.diverged)[0] == one
 
 
 @settings(max_examples=500, deadline=None)
 @given(trees(), trees(), trees())
 def test_any_trees(before: Tree, now: Tree, image: Tree) -> None:
-    done = merge(before, now, image)
-    result = applied(now, done.changes)
+    result, done = merged(before, now, image)
 
-    assert is_whole(result)
-    for path in {*before, *now, *image, *result}:
-        old, ours, theirs, got = (each.get(path) for each in (before, now, image, result))
-        assert got in (ours, theirs)
-        if ours is not None and ours != old:
-            assert got == ours, "what somebody has made is never lost"
-        if ours is None and old is not None:
-            assert got is None, "what somebody has deleted does not come back"
-    told = {each.path: each for each in done.conflicts}
-    for path in {*before, *now, *image}:
-        old, ours, theirs, got = (each.get(path) for each in (before, now, image, result))
-        if got != theirs and theirs not in (None, old):
-            assert (told[path].ours, told[path].theirs) == (got, theirs), "what was not taken is told"
-        if ours == old and theirs is None and got is not None:
-            mine = [each for each in now if each.startswith(f"{path}/") and now[each] != before.get(each)]
-            assert mine, "what nobody has touched goes with the image, unless somebody's lies in it"
-        if path in told:
-            assert got != theirs
-            assert theirs != old
+    check(before, now, image, result, done.conflicts)
+
+
+@settings(max_examples=500, deadline=None)
+@given(trees(), trees(), trees())
+def test_any_trees_to_another_image_and_back(one: Tree, now: Tree, two: Tree) -> None:
+    there, done = merged(one, now, two)
+    back, _ = merged(two, there, one, done.diverged)
+    for path in {*one, *now, *two}:
+        if path in now:
+            assert back.get(path) == now[path] or (now[path] == one.get(path) and two.get(path) != one[path])
+        elif path in one:
+            assert path not in back, "what was deleted stays deleted"
+    again, _ = merged(one, back, two)
+    assert merged(two, again, one, done.diverged)[0] == back
 
 
 @settings(max_examples=200, deadline=None)
 @given(trees(), trees())
 def test_what_only_one_side_has_changed(old: Tree, new: Tree) -> None:
-    assert applied(old, merge(old, old, new).changes) == new
-    assert merge(old, old, new).conflicts == ()
-    assert merge(old, new, old).changes == ()
-    assert merge(old, new, old).conflicts == ()
-    assert merge(old, new, new).changes == ()
-    assert merge(old, new, new).conflicts == ()
+    for before, now, image, expected in ((old, old, new, new), (old, new, old, new), (old, new, new, new)):
+        result, done = merged(before, now, image)
+        assert result == expected
+        assert done.conflicts == []

@@ -52,6 +52,7 @@ __all__ = [
     "attempts",
     "evidence_places",
     "fell_back",
+    "image_file",
     "lenient",
     "listed_paths",
     "mode",
@@ -75,6 +76,11 @@ PERSISTENT = ("LABEL=COS_PERSISTENT", "PARTLABEL=persistent")
 def lenient(cmdline: Cmdline) -> bool:
     """Whether a layout that cannot be read is left out: recovery needs nothing of the user's."""
     return not users_data(cmdline)
+
+
+def image_file(cmdline: Cmdline) -> tuple[str, str]:
+    """Say where the image is: on what, and its path there."""
+    return STATE, image_path(cmdline)
 
 
 def root_devices(cmdline: Cmdline) -> tuple[Wanted, ...]:
@@ -101,7 +107,7 @@ def root(cmdline: Cmdline, devices: Devices) -> Plan:
     operations = (
         _mount(device, STATE, access, why, REQUIRED),
         Loop(
-            source=STATE + image_path(cmdline),
+            source="".join(image_file(cmdline)),
             target=SYSROOT,
             options=access,
             init=cmdline.init,
@@ -179,7 +185,7 @@ def state(cmdline: Cmdline, devices: Devices, image: Image) -> Plan:
         layers[path] = (_overlay(path, backing, listed.why, needed),)
     layers.update(_tmp(image, {*layers, *settings.persistent}))
     # Persistent paths come after the volume that keeps them, and before what lies below them.
-    persistent = _persistent(settings, needed)
+    persistent = _persistent(settings, image.identity, needed)
     later = {path for path in layers if any(is_below(path, kept) for kept in persistent)}
     ordered = [layers[path] for path in sorted({*layers} - later, key=by_components)]
     layers.update(persistent)
@@ -418,7 +424,7 @@ def _overlay_base(settings: Settings, devices: Devices, near: Device, needed: bo
     )
 
 
-def _persistent(settings: Settings, needed: bool) -> dict[str, tuple[Operation, ...]]:
+def _persistent(settings: Settings, identity: str, needed: bool) -> dict[str, tuple[Operation, ...]]:
     """Keep each path below the target: a directory that is seeded and bound, or an overlay's upper."""
     target = settings.state_target
     base = target if is_below(target, "/run") else SYSROOT + target
@@ -428,7 +434,13 @@ def _persistent(settings: Settings, needed: bool) -> dict[str, tuple[Operation, 
         kept, why, criticality = f"{base}/{names[listed.name]}", listed.why, _criticality(path, needed)
         if settings.bind:
             layers[path] = (
-                Seed(source=SYSROOT + path, target=f"{kept}.bind", why=why, criticality=criticality),
+                Seed(
+                    source=SYSROOT + path,
+                    target=f"{kept}.bind",
+                    image=identity,
+                    why=why,
+                    criticality=criticality,
+                ),
                 Bind(source=f"{kept}.bind", target=SYSROOT + path, why=why, criticality=criticality),
             )
         else:

@@ -1,0 +1,246 @@
+"""Files with everything that makes them: copying, linking and removing trees, and their attributes.
+
+Every kind of file, every attribute. A path is never followed if it is a symlink.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+
+from immucore import syscalls
+from immucore.values import Record
+
+TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
+if TYPE_CHECKING:
+    Links = dict[tuple[int, int], str]  # where a file with several links was copied to, by device and inode
+
+CHUNK_BYTES = 1 << 20
+BLOCK_BYTES = 4096  # what even the smallest file or directory takes, more or less
+_LONG = struct.calcsize("l") << 16  # linux/fs.h says long; the kernel reads and writes an int
+FS_IOC_GETFLAGS, FS_IOC_SETFLAGS = 0x80006601 | _LONG, 0x40006602 | _LONG
+IMMUTABLE, APPEND = 0x10, 0x20
+# Those that people set (ioctl_iflags(2)): a c d A D i j S s t T u C. The others are the file system's own.
+FLAGS = (
+    0x1 | 0x2 | 0x4 | 0x8 | IMMUTABLE | APPEND | 0x40 | 0x80 | 0x4000 | 0x8000 | 0x10000 | 0x20000 | 0x800000
+)
+_NO_XATTRS = (errno.EOPNOTSUPP, errno.ENODATA, errno.EPERM)
+_NO_FLAGS = (errno.ENOTTY, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+def copy(source: str, target: str, links: Links) -> None:
+    """Copy a file or a tree to `target`, which is not there yet; `links` is what was copied before.
+
+    Modes, owners, times, extended attributes (ACLs, labels and capabilities are some), flags (chattr(1)),
+    hard links, symlinks, devices and holes are kept. Raises OSError.
+    """
+    status = os.lstat(source)
+    if stat.S_ISDIR(status.st_mode):
+        os.mkdir(target, 0o700)
+        for name in names(source):
+            copy(f"{source}/{name}", f"{target}/{name}", links)
+        _finish(source, target, status.st_mode)  # last: what is put in changes the times
+        return
+    if status.st_nlink > 1:
+        first = links.setdefault((status.st_dev, status.st_ino), target)
+        if first != target and link(first, target):
+            return
+    if stat.S_ISLNK(status.st_mode):
+        os.symlink(os.readlink(source), target)
+    elif stat.S_ISREG(status.st_mode):
+        _copy_file(source, target, status.st_size)
+    else:
+        os.mknod(target, stat.S_IFMT(status.st_mode) | 0o600, status.st_rdev)
+    _finish(source, target, status.st_mode)
+
+
+def link(source: str, target: str) -> bool:
+    """Give a file that is no directory another name; False if it cannot have one (chattr +i, +a)."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EMLINK):
+            raise
+        return False
+    return True
+
+
+def link_tree(source: str, target: str) -> None:
+    """Make a tree at `target`, which is not there yet, of the very files of `source`; Raises OSError."""
+    if not os.path.isdir(source) or os.path.islink(source):
+        if not link(source, target):
+            copy(source, target, {})
+        return
+    os.mkdir(target, 0o700)
+    for name in names(source):
+        link_tree(f"{source}/{name}", f"{target}/{name}")
+    copy_all_attributes(source, target)
+
+
+def names(directory: str) -> list[str]:
+    """List what is in a directory, in the order of the names."""
+    with os.scandir(directory) as entries:
+        return sorted([entry.name for entry in entries])
+
+
+def copy_attributes(source: str, target: str) -> None:
+    """Give `target` the owner, extended attributes, mode and times of `source`."""
+    status = os.lstat(source)
+    os.chown(target, status.st_uid, status.st_gid, follow_symlinks=False)
+    for name in xattrs(source):
+        value = os.getxattr(source, name, follow_symlinks=False)
+        try:
+            os.setxattr(target, name, value, follow_symlinks=False)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP or not name.startswith("user."):
+                raise  # before Linux 6.6 a tmpfs, which may hold an overlay's upper, has no user attributes
+    if not stat.S_ISLNK(status.st_mode):
+        os.chmod(target, stat.S_IMODE(status.st_mode))  # after chown(2), which takes set-user-ID away
+    os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns), follow_symlinks=False)
+
+
+def copy_all_attributes(source: str, target: str) -> None:
+    """Give a directory the flags of `source` too, which has to be the last: it may be immutable then."""
+    _finish(source, target, stat.S_IFDIR)
+
+
+def _finish(source: str, target: str, mode: int) -> None:
+    copy_attributes(source, target)
+    if (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) and (flags := flags_of(source)):
+        _set_flags(target, flags)
+
+
+def xattrs(path: str) -> list[str]:
+    """List the extended attributes, but not those that are overlayfs' own, of a lower layer."""
+    try:
+        found = os.listxattr(path, follow_symlinks=False)
+    except OSError as error:
+        if error.errno in _NO_XATTRS:
+            return []
+        raise
+    return [name for name in found if not name.startswith("trusted.overlay.")]
+
+
+def flags_of(path: str) -> int:
+    """Return the flags of a regular file or directory as people set them; 0 where there are none."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        return flags_of_open(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flags_of_open(descriptor: int) -> int:
+    """Return the flags of an open file."""
+    try:
+        answer = fcntl.ioctl(descriptor, FS_IOC_GETFLAGS, bytes(8))
+    except OSError as error:
+        if error.errno in _NO_FLAGS:
+            return 0
+        raise
+    return int(struct.unpack_from("=i", answer)[0]) & FLAGS
+
+
+def _set_flags(path: str, flags: int) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        there = struct.unpack_from("=i", fcntl.ioctl(descriptor, FS_IOC_GETFLAGS, bytes(8)))[0]
+        fcntl.ioctl(descriptor, FS_IOC_SETFLAGS, struct.pack("=i4x", there & ~FLAGS | flags))
+    except OSError as error:
+        if error.errno not in _NO_FLAGS:  # a file system without this flag
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _copy_file(source: str, target: str, size_bytes: int) -> None:
+    """Copy the data of a regular file and leave its holes out (lseek(2), SEEK_DATA)."""
+    read = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    write = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        position = 0
+        while position < size_bytes:
+            try:
+                position = os.lseek(read, position, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # nothing but a hole is left
+                    break
+                raise
+            end = os.lseek(read, position, os.SEEK_HOLE)
+            os.lseek(write, position, os.SEEK_SET)
+            while position < end and (
+                sent := os.sendfile(write, read, position, min(CHUNK_BYTES, end - position))
+            ):
+                position += sent
+        os.ftruncate(write, size_bytes)
+    finally:
+        os.close(read)
+        os.close(write)
+
+
+def remove(path: str) -> None:
+    """Remove a tree, if there is one, also where it is immutable."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if stat.S_ISDIR(status.st_mode):
+        for name in names(path):
+            remove(f"{path}/{name}")
+    away = os.rmdir if stat.S_ISDIR(status.st_mode) else os.unlink
+    try:
+        away(path)
+    except PermissionError:
+        for each in (path, os.path.dirname(path)):
+            if not os.path.islink(each) and (flags := flags_of(each)) & (IMMUTABLE | APPEND):
+                _set_flags(each, flags & ~(IMMUTABLE | APPEND))
+        away(path)
+
+
+class Size(Record):
+    """How much a tree takes on a disk, or how much there is."""
+
+    bytes: int
+    inodes: int
+
+    def __add__(self, other: Size) -> Size:
+        return Size(bytes=self.bytes + other.bytes, inodes=self.inodes + other.inodes)
+
+
+def size(path: str, *, whole: bool = True) -> Size:
+    """Measure a file, or a directory with or without what is in it. Raises OSError."""
+    status = os.lstat(path)
+    found = Size(bytes=-(-status.st_blocks * 512 // BLOCK_BYTES) * BLOCK_BYTES, inodes=1)
+    if stat.S_ISDIR(status.st_mode):
+        found = Size(bytes=BLOCK_BYTES, inodes=1)
+        for name in names(path) if whole else ():
+            found += size(f"{path}/{name}")
+    return found
+
+
+def free(directory: str) -> Size:
+    """Tell how much there is for root on the file system of a directory. Raises OSError."""
+    status = os.statvfs(directory)
+    inodes = status.f_ffree if status.f_files else 1 << 62  # btrfs does not count them
+    return Size(bytes=status.f_bfree * status.f_frsize, inodes=inodes)
+
+
+def fsync(path: str) -> None:
+    """Write a file or a directory out to its disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file_system(directory: str) -> None:
+    """Write the file system out that a directory is on (syncfs(2))."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        syscalls.syncfs(descriptor)
+    finally:
+        os.close(descriptor)
