@@ -93,6 +93,7 @@ def _record(boot: Boot, result: dict[str, object], table: tuple[observe.MountPoi
     """Give the files of the record."""
     return {
         "plan.json": report.json(report.plan(boot.plan)) + "\n",
+        "layout.json": report.json({"schema": report.SCHEMA, **dict(boot.plan.layout)}) + "\n",
         "steps.json": report.json(report.steps([*boot.earlier, *boot.record])) + "\n",
         "mounts": report.mount_points(boot.record, boot.kernel.place, table),
         "immucore.log": "".join(f"{line}\n" for line in boot.log.lines),

@@ -41,6 +41,16 @@ class Image(Record):
         """Return the assignment that counts: the last that replaces, or None."""
         return next((s for s in reversed(self.settings) if s.name == name and not s.adds), None)
 
+    def lists(self, name: str) -> tuple[Setting, ...]:
+        """Give the assignments that make up a list: one file's entries and what others add to them.
+
+        An empty assignment takes away what was there before, as in systemd's unit files; so the last empty
+        one comes first.
+        """
+        given = [s for s in self.settings if s.name == name and not s.adds]
+        first = next((i for i in reversed(range(len(given))) if not given[i].value.strip()), 0)
+        return (*given[first:], *self.additions(name))
+
     def additions(self, name: str) -> tuple[Setting, ...]:
         """List the assignments that add to whatever `name` is."""
         return tuple(s for s in self.settings if s.name == name and s.adds)

@@ -205,6 +205,7 @@ class Plan(Record):
     operations: tuple[Operation, ...] = ()
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    layout: tuple[tuple[str, object], ...] = ()  # what was asked for, entry by entry: layout.json
 
     def __iter__(self) -> Iterator[Operation]:
         return iter(self.operations)
@@ -215,6 +216,7 @@ class Plan(Record):
             operations=self.operations + other.operations,
             notes=self.notes + other.notes,
             warnings=self.warnings + other.warnings,
+            layout=self.layout + other.layout,
         )
 
 

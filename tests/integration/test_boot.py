@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from native import ACTIVE, PASSIVE, RECOVERY, ROOT, Boot, Machine, described, wa
 STATE = "/run/initramfs/cos-state"
 RW_PATHS = ("/etc", "/home", "/opt", "/root", "/srv", "/usr/local", "/var")  # as they are mounted
 GUARD = ROOT / "dracut-module/50immucore/immucore-guard"
-FILES = {"immucore.log", "mounts", "plan.json", "result.json", "steps.json"}
+FILES = {"immucore.log", "layout.json", "mounts", "plan.json", "result.json", "steps.json"}
 MODES = {"active", "passive", "recovery", "live"}
 BIND_STATE = 'PERSISTENT_STATE_PATHS="/var /home"\nPERSISTENT_STATE_BIND=true\n'
 OVERLAY_STATE = 'PERSISTENT_STATE_PATHS="/var /home"\nPERSISTENT_STATE_BIND=false\n'
@@ -243,6 +244,29 @@ def test_state_survives_and_the_rest_does_not(
     assert not machine.path("/sysroot/var/sparse").exists()
     seeds = [outcome for step, outcome in boot.outcomes().items() if step.startswith("seed")]
     assert seeds == (["present"] * 2 if layout_text == BIND_STATE else [])
+
+
+def test_the_effective_layout_says_where_it_comes_from(machine: Machine, agent: Sequence[str]) -> None:
+    layout(machine, 'RW_PATHS="/etc /var /srv"\n' + BIND_STATE)
+    with machine.partition("oem") as oem:
+        (oem / "cos-layout.env").write_text('RW_PATHS="-/srv /opt nonsense"\n')
+
+    boot = machine.boot(ACTIVE, agent)
+
+    shown = json.loads(boot.files["layout.json"])
+    image, ours = "RW_PATHS in /etc/cos/cos-layout.env has", "RW_PATHS in /oem/cos-layout.env has"
+    assert shown["ephemeral"] == [
+        {"path": "/etc", "listed_as": "/etc", "why": f"{image} /etc"},
+        {"path": "/opt", "listed_as": "/opt", "why": f"{ours} /opt"},
+    ]
+    assert [each["path"] for each in shown["persistent"]] == ["/home", "/var"]
+    assert shown["removed"] == [{"path": "/srv", "why": f"{ours} -/srv"}]
+    assert [each["text"] for each in shown["rejected"]] == ["nonsense"]
+    assert [each["mountpoint"] for each in shown["volumes"]] == ["/usr/local"]
+    assert (shown["persistent_target"], shown["persistent_bind"]) == ("/usr/local/.state", True)
+    mounted = [mount.target for mount in boot.mounts]
+    assert "/sysroot/opt" in mounted
+    assert "/sysroot/srv" not in mounted
 
 
 KEPT = "/sysroot/usr/local/.state"

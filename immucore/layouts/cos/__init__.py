@@ -18,6 +18,7 @@ from immucore.layouts.cos.settings import (
     PERSISTENT_VOLUME,
     Volume,
     by_components,
+    effective,
     listed_paths,
     oem,
     read,
@@ -199,6 +200,7 @@ def state(cmdline: Cmdline, devices: Devices, image: Image) -> Plan:
         operations=kept_up(operations, cmdline.fsck_mode, cmdline.fsck_repair),
         notes=settings.notes,
         warnings=settings.warnings,
+        layout=tuple(effective(settings).items()),
     )
 
 

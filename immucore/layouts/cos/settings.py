@@ -10,6 +10,8 @@ from immucore.values import Record
 
 TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
 if TYPE_CHECKING:
+    from typing import Any
+
     from immucore.cmdline import Cmdline
     from immucore.image import Image
 
@@ -44,6 +46,13 @@ class Listed(Record):
     why: str
 
 
+class Removed(Record):
+    """An entry that a list takes out again: `-/path`."""
+
+    path: str
+    why: str
+
+
 class Rejected(Record):
     """An entry of a list of paths that is none: it does not take the others with it."""
 
@@ -68,6 +77,7 @@ class Settings(Record):
     state_target: str
     bind: bool
     rejected: tuple[Rejected, ...]
+    removed: tuple[Removed, ...]
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
 
@@ -79,12 +89,14 @@ def read(cmdline: Cmdline, image: Image) -> Settings:
         notes.append("rd.cos.safe: neither OEM nor any layout nor volume, only the default RW_PATHS")
         image = image.replace(settings=())
     rejected: list[Rejected] = []
-    volumes = {} if cmdline.safe else _volumes(cmdline, image, notes)
+    removed: list[Removed] = []
+    volumes = {} if cmdline.safe else _volumes(cmdline, image, notes, removed)
     left_out = [path for path, volume in volumes.items() if cmdline.no_persist and _is_persistent(volume)]
     notes += [f"{volumes.pop(path)}: left out, rd.cos.nopersist" for path in left_out]
     mounted = {*volumes, *([] if cmdline.safe else [OEM])}
-    ephemeral = _paths(image, "RW_PATHS", DEFAULT_RW_PATHS, "CUSTOM_EPHEMERAL_MOUNTS", notes, rejected)
-    persistent = _paths(image, "PERSISTENT_STATE_PATHS", "", "CUSTOM_BIND_MOUNTS", notes, rejected)
+    lists = _Lists(image, notes, rejected, removed)
+    ephemeral = lists.read("RW_PATHS", DEFAULT_RW_PATHS, "CUSTOM_EPHEMERAL_MOUNTS")
+    persistent = lists.read("PERSISTENT_STATE_PATHS", "", "CUSTOM_BIND_MOUNTS")
     for path, listed in [*ephemeral.items(), *persistent.items()]:
         if path in mounted:
             notes.append(f"{path}: a volume, although {listed.why}")
@@ -107,9 +119,29 @@ def read(cmdline: Cmdline, image: Image) -> Settings:
         state_target=state_target,
         bind=_switch(image, "PERSISTENT_STATE_BIND", default=False),
         rejected=tuple(dict.fromkeys(rejected)),
+        removed=tuple(removed),
         notes=tuple(notes),
         warnings=(*image.warnings, *_useless(image), *_oem_options(cmdline, volumes.get(OEM))),
     )
+
+
+def effective(settings: Settings) -> dict[str, object]:
+    """Give the layout as layout.json shows it: every entry with what asked for it."""
+    return {
+        "volumes": settings.volumes,
+        "oem": settings.oem,
+        "overlay": {"backing": settings.overlay, "why": settings.overlay_why},
+        "ephemeral": _entries(settings.ephemeral),
+        "persistent": _entries(settings.persistent),
+        "persistent_target": settings.state_target,
+        "persistent_bind": settings.bind,
+        "removed": settings.removed,
+        "rejected": settings.rejected,
+    }
+
+
+def _entries(listed: dict[str, Listed]) -> list[dict[str, str]]:
+    return [{"path": path, "listed_as": each.name, "why": each.why} for path, each in listed.items()]
 
 
 def listed_paths(cmdline: Cmdline, image: Image) -> tuple[str, ...]:
@@ -147,11 +179,23 @@ def oem(cmdline: Cmdline) -> Volume:
     return Volume(spec=f"LABEL={cmdline.oem_label}", mountpoint=OEM, options=(), why=why)
 
 
-def _volumes(cmdline: Cmdline, image: Image, notes: list[str]) -> dict[str, Volume]:
+def _volumes(cmdline: Cmdline, image: Image, notes: list[str], removed: list[Removed]) -> dict[str, Volume]:
     """Merge VOLUMES, rd.cos.mount= and the defaults: mount point → volume, what holds others first."""
-    setting = image.setting("VOLUMES")
-    words = setting.value.split() if setting else []
-    listed = _by_mountpoint([_volume(word, setting.why) for word in words] if setting else [], image)
+    lists = [(setting.value.split(), setting.why) for setting in image.lists("VOLUMES")]
+    listed: dict[str, Volume] = {}
+    default: dict[str, Volume] = {}
+    if users_data(cmdline) and _only_removes(lists):
+        default = _by_mountpoint([_volume(PERSISTENT_VOLUME, "VOLUMES (the default)")], image)
+    for words, why in lists:
+        for word in words:
+            if word.startswith("-"):
+                path = _path(image.real(_path(word[1:], why)), why)
+                _take_out(path, default if path in default else listed, word, why, notes, removed)
+        added = [_volume(word, why) for word in words if not word.startswith("-")]
+        for path, volume in _by_mountpoint(added, image).items():
+            if path in listed and listed[path].spec != volume.spec:
+                notes.append(f"{listed[path]}: not mounted, {volume.why}")
+            listed[path] = volume
     arguments = _by_mountpoint(_cmdline_volumes(cmdline), image)
     if not _switch(image, "MERGE", default=True):
         notes += [f"{volume}: ignored, MERGE is off" for volume in arguments.values()]
@@ -159,10 +203,7 @@ def _volumes(cmdline: Cmdline, image: Image, notes: list[str]) -> dict[str, Volu
     for path, volume in arguments.items():
         if path in listed and listed[path].spec != volume.spec:
             notes.append(f"{volume}: ignored, {listed[path].why}")
-    volumes = {**arguments, **listed}
-    if setting is None and users_data(cmdline):
-        default = _volume(PERSISTENT_VOLUME, "VOLUMES (the default)")
-        volumes.setdefault(default.mountpoint, default)
+    volumes = {**default, **arguments, **listed}
     return {path: volumes[path] for path in sorted(volumes, key=by_components)}
 
 
@@ -222,29 +263,58 @@ def _is_persistent(volume: Volume) -> bool:
     return volume.spec == spec or volume.mountpoint == mountpoint
 
 
-def _paths(  # noqa: PLR0917  the last two are answers
-    image: Image, name: str, default: str, custom: str, notes: list[str], rejected: list[Rejected]
-) -> dict[str, Listed]:
-    """Read a list of paths and what adds to it: each once, by its first mention."""
-    setting = image.setting(name)
-    lists = [(setting.value, setting.why)] if setting else [(default, f"{name} (the default)")]
-    own = image.setting(custom)
-    adding = [*image.additions(name), *([own] if own else []), *image.additions(custom)]
-    lists += [(addition.value, addition.why) for addition in adding]
-    found: dict[str, Listed] = {}
-    for value, why in lists:
-        for word in value.split():
-            try:
-                path = _path(word, why)
-                link = "" if image.real(path) == path else f", a symlink to {image.real(path)}"
-                listed = Listed(name=path, why=f"{why} has {word}{link}")
-                real = _path(image.real(path), listed.why)
-            except LayoutError as error:
-                rejected.append(Rejected(text=_cut(word), reason=error.message, hint=error.hint, why=why))
-                continue
-            if found.setdefault(real, listed).name != path:
-                notes.append(f"{path}: the same as {found[real].name}, although {listed.why}")
-    return {path: found[path] for path in sorted(found, key=by_components)}
+class _Lists:
+    """Reads the lists of paths, each entry by itself; what is odd about one is told in the three answers."""
+
+    def __init__(
+        self, image: Image, notes: list[str], rejected: list[Rejected], removed: list[Removed]
+    ) -> None:
+        self._image, self._notes, self._rejected, self._removed = image, notes, rejected, removed
+
+    def read(self, name: str, default: str, custom: str) -> dict[str, Listed]:
+        """Read a list and what adds to it, and takes from it: each path once, by its first mention."""
+        own = self._image.setting(custom)
+        settings = [*self._image.lists(name), *([own] if own else []), *self._image.additions(custom)]
+        lists = [(setting.value.split(), setting.why) for setting in settings]
+        if _only_removes([(setting.value.split(), setting.why) for setting in settings if not setting.adds]):
+            lists.insert(0, (default.split(), f"{name} (the default)"))
+        found: dict[str, Listed] = {}
+        for words, why in lists:
+            for word in words:
+                try:
+                    self._entry(word, why, found)
+                except LayoutError as error:
+                    self._rejected.append(
+                        Rejected(text=_cut(word), reason=error.message, hint=error.hint, why=why)
+                    )
+        return {path: found[path] for path in sorted(found, key=by_components)}
+
+    def _entry(self, word: str, why: str, found: dict[str, Listed]) -> None:
+        """Read `/path`, or `-/path`, which takes that out again."""
+        removes = word.startswith("-")
+        path = _path(word.removeprefix("-"), why)
+        link = "" if self._image.real(path) == path else f", a symlink to {self._image.real(path)}"
+        listed = Listed(name=path, why=f"{why} has {word}{link}")
+        real = _path(self._image.real(path), listed.why)
+        if removes:
+            _take_out(real, found, word, why, self._notes, self._removed)
+        elif found.setdefault(real, listed).name != path:
+            self._notes.append(f"{path}: the same as {found[real].name}, although {listed.why}")
+
+
+def _only_removes(lists: list[tuple[list[str], str]]) -> bool:
+    """Tell whether the default stays beneath: no list is empty or has an entry of its own."""
+    return all(words and all(word.startswith("-") for word in words) for words, _ in lists)
+
+
+def _take_out(  # noqa: PLR0917  the last two are answers
+    path: str, found: dict[str, Any], word: str, why: str, notes: list[str], removed: list[Removed]
+) -> None:
+    if found.pop(path, None) is None:
+        notes.append(f"{path}: {why} has {word}, and nothing lists it before")
+    else:
+        removed.append(Removed(path=path, why=f"{why} has {word}"))
+        notes.append(f"{path}: left out, {why} has {word}")
 
 
 def by_components(path: str) -> list[str]:
