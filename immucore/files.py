@@ -16,6 +16,8 @@ from immucore.values import Record
 
 TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     Links = dict[tuple[int, int], str]  # where a file with several links was copied to, by device and inode
 
 CHUNK_BYTES = 1 << 20
@@ -42,23 +44,26 @@ def copy(source: str, target: str, links: Links) -> None:
         os.mkdir(target, 0o700)
         for name in names(source):
             copy(f"{source}/{name}", f"{target}/{name}", links)
-        _finish(source, target, status.st_mode)  # last: what is put in changes the times
+        copy_all_attributes(source, target)  # last: what is put in changes the times
         return
     if status.st_nlink > 1:
         first = links.setdefault((status.st_dev, status.st_ino), target)
         if first != target and link(first, target):
             return
+    if stat.S_ISREG(status.st_mode):
+        flags = _copy_file(source, target, status)
+        if flags:
+            _set_flags(target, flags)
+        return
     if stat.S_ISLNK(status.st_mode):
         os.symlink(os.readlink(source), target)
-    elif stat.S_ISREG(status.st_mode):
-        _copy_file(source, target, status.st_size)
     else:
         os.mknod(target, stat.S_IFMT(status.st_mode) | 0o600, status.st_rdev)
-    _finish(source, target, status.st_mode)
+    copy_attributes(source, target)
 
 
 def link(source: str, target: str) -> bool:
-    """Give a file that is no directory another name; False if it cannot have one (chattr +i, +a)."""
+    """Give a file another name; False if it cannot have one: a directory, or chattr +i or +a."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError as error:
@@ -69,10 +74,11 @@ def link(source: str, target: str) -> bool:
 
 
 def link_tree(source: str, target: str) -> None:
-    """Make a tree at `target`, which is not there yet, of the very files of `source`; Raises OSError."""
-    if not os.path.isdir(source) or os.path.islink(source):
-        if not link(source, target):
-            copy(source, target, {})
+    """Make a tree at `target`, which is not there yet, of the very files of `source`. Raises OSError."""
+    if link(source, target):  # most are files, and directories cannot be linked
+        return
+    if not stat.S_ISDIR(os.lstat(source).st_mode):
+        copy(source, target, {})
         return
     os.mkdir(target, 0o700)
     for name in names(source):
@@ -91,12 +97,7 @@ def copy_attributes(source: str, target: str) -> None:
     status = os.lstat(source)
     os.chown(target, status.st_uid, status.st_gid, follow_symlinks=False)
     for name in xattrs(source):
-        value = os.getxattr(source, name, follow_symlinks=False)
-        try:
-            os.setxattr(target, name, value, follow_symlinks=False)
-        except OSError as error:
-            if error.errno != errno.EOPNOTSUPP or not name.startswith("user."):
-                raise  # before Linux 6.6 a tmpfs, which may hold an overlay's upper, has no user attributes
+        _set_xattr(target, name, os.getxattr(source, name, follow_symlinks=False), follow_symlinks=False)
     if not stat.S_ISLNK(status.st_mode):
         os.chmod(target, stat.S_IMODE(status.st_mode))  # after chown(2), which takes set-user-ID away
     os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns), follow_symlinks=False)
@@ -104,19 +105,23 @@ def copy_attributes(source: str, target: str) -> None:
 
 def copy_all_attributes(source: str, target: str) -> None:
     """Give a directory the flags of `source` too, which has to be the last: it may be immutable then."""
-    _finish(source, target, stat.S_IFDIR)
-
-
-def _finish(source: str, target: str, mode: int) -> None:
     copy_attributes(source, target)
-    if (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) and (flags := flags_of(source)):
+    if flags := flags_of(source):
         _set_flags(target, flags)
 
 
-def xattrs(path: str) -> list[str]:
+def _set_xattr(target: str | int, name: str, value: bytes, *, follow_symlinks: bool = True) -> None:
+    try:
+        os.setxattr(target, name, value, follow_symlinks=follow_symlinks)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP or not name.startswith("user."):
+            raise  # before Linux 6.6 a tmpfs, which may hold an overlay's upper, has no user attributes
+
+
+def xattrs(path: str | int) -> list[str]:
     """List the extended attributes, but not those that are overlayfs' own, of a lower layer."""
     try:
-        found = os.listxattr(path, follow_symlinks=False)
+        found = os.listxattr(path, follow_symlinks=isinstance(path, int))
     except OSError as error:
         if error.errno in _NO_XATTRS:
             return []
@@ -156,46 +161,75 @@ def _set_flags(path: str, flags: int) -> None:
         os.close(descriptor)
 
 
-def _copy_file(source: str, target: str, size_bytes: int) -> None:
-    """Copy the data of a regular file and leave its holes out (lseek(2), SEEK_DATA)."""
+def _copy_file(source: str, target: str, status: os.stat_result) -> int:
+    """Copy a regular file; return its flags, which have to be the last.
+
+    What does not have to be looked up by its name is not: ten thousand files are copied at a first boot.
+    """
     read = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    write = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        position = 0
-        while position < size_bytes:
-            try:
-                position = os.lseek(read, position, os.SEEK_DATA)
-            except OSError as error:
-                if error.errno == errno.ENXIO:  # nothing but a hole is left
-                    break
-                raise
-            end = os.lseek(read, position, os.SEEK_HOLE)
-            os.lseek(write, position, os.SEEK_SET)
-            while position < end and (
-                sent := os.sendfile(write, read, position, min(CHUNK_BYTES, end - position))
-            ):
-                position += sent
-        os.ftruncate(write, size_bytes)
+        write = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            if status.st_size > CHUNK_BYTES or status.st_blocks * 512 < status.st_size:
+                _copy_extents(read, write, status.st_size)
+            else:
+                _copy_data(read, write)
+            os.chown(write, status.st_uid, status.st_gid)
+            for name in xattrs(read):
+                _set_xattr(write, name, os.getxattr(read, name))
+            os.chmod(write, stat.S_IMODE(status.st_mode))  # after chown(2), which takes set-user-ID away
+            os.utime(write, ns=(status.st_atime_ns, status.st_mtime_ns))
+        finally:
+            os.close(write)
+        return flags_of_open(read)
     finally:
         os.close(read)
-        os.close(write)
+
+
+def _copy_data(read: int, write: int) -> None:
+    while content := os.read(read, CHUNK_BYTES):
+        while content:
+            content = content[os.write(write, content) :]
+
+
+def _copy_extents(read: int, write: int, size_bytes: int) -> None:
+    """Copy data and leave holes out (lseek(2), SEEK_DATA)."""
+    position = 0
+    while position < size_bytes:
+        try:
+            position = os.lseek(read, position, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole is left
+                break
+            raise
+        end = os.lseek(read, position, os.SEEK_HOLE)
+        os.lseek(write, position, os.SEEK_SET)
+        while position < end and (
+            sent := os.sendfile(write, read, position, min(CHUNK_BYTES, end - position))
+        ):
+            position += sent
+    os.ftruncate(write, size_bytes)
 
 
 def remove(path: str) -> None:
     """Remove a tree, if there is one, also where it is immutable."""
     try:
-        status = os.lstat(path)
+        _remove_one(path, os.unlink)
     except FileNotFoundError:
         return
-    if stat.S_ISDIR(status.st_mode):
+    except IsADirectoryError:
         for name in names(path):
             remove(f"{path}/{name}")
-    away = os.rmdir if stat.S_ISDIR(status.st_mode) else os.unlink
+        _remove_one(path, os.rmdir)
+
+
+def _remove_one(path: str, away: Callable[[str], None]) -> None:
     try:
         away(path)
     except PermissionError:
         for each in (path, os.path.dirname(path)):
-            if not os.path.islink(each) and (flags := flags_of(each)) & (IMMUTABLE | APPEND):
+            kind = stat.S_IFMT(os.lstat(each).st_mode)
+            if kind in (stat.S_IFREG, stat.S_IFDIR) and (flags := flags_of(each)) & (IMMUTABLE | APPEND):
                 _set_flags(each, flags & ~(IMMUTABLE | APPEND))
         away(path)
 

@@ -13,6 +13,9 @@ import itertools
 import json
 import os
 
+# The function that json itself quotes strings with: most lines are written without the rest of it.
+from _json import encode_basestring_ascii as quote
+
 from immucore.image import manifest_head
 from immucore.merge import DIRECTORY, Conflict, Entry
 from immucore.values import Record
@@ -132,7 +135,11 @@ class Writer:
         """Write what is in a directory."""
         self._write(path)
         for name, entry in sorted(children.items()):
-            self._write([name, *(_shown(entry) or ())])
+            quoted = quote(name), quote(entry.kind), quote(entry.content)
+            line = f"[{quoted[0]}, {quoted[1]}, {entry.mode}, {entry.uid}, {entry.gid}, {quoted[2]}"
+            for more in _more(entry):
+                line += f", {json.dumps(more)}"
+            self._file.write(f"{line}]\n".encode())
 
     def end(self) -> None:
         """Write that this was all; from now on it can be read."""
@@ -199,11 +206,15 @@ def same(one: str, other: str) -> bool:
 def _shown(entry: Entry | None) -> list[object] | None:
     if entry is None:
         return None
-    shown: list[object] = [entry.kind, entry.mode, entry.uid, entry.gid, entry.content]
-    if entry.flags or entry.xattrs or entry.link:
-        xattrs = {name: binascii.b2a_base64(value, newline=False).decode() for name, value in entry.xattrs}
-        shown += [entry.flags, xattrs, entry.link]
-    return shown
+    return [entry.kind, entry.mode, entry.uid, entry.gid, entry.content, *_more(entry)]
+
+
+def _more(entry: Entry) -> list[object]:
+    """Give what few files have."""
+    if not (entry.flags or entry.xattrs or entry.link):
+        return []
+    xattrs = {name: binascii.b2a_base64(value, newline=False).decode() for name, value in entry.xattrs}
+    return [entry.flags, xattrs, entry.link]
 
 
 def _entry(shown: object) -> Entry:

@@ -16,19 +16,15 @@ from _blake2 import blake2b
 from immucore import files
 from immucore.merge import DIRECTORY, Entry
 
-TYPE_CHECKING = False  # importing typing would cost 9 ms
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-_KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
-    (stat.S_ISREG, "file"),
-    (stat.S_ISDIR, DIRECTORY),
-    (stat.S_ISLNK, "symlink"),
-    (stat.S_ISFIFO, "fifo"),
-    (stat.S_ISSOCK, "socket"),
-    (stat.S_ISCHR, "character"),
-    (stat.S_ISBLK, "block"),
-)
+_KINDS = {
+    stat.S_IFREG: "file",
+    stat.S_IFDIR: DIRECTORY,
+    stat.S_IFLNK: "symlink",
+    stat.S_IFIFO: "fifo",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "character",
+    stat.S_IFBLK: "block",
+}
 _LABELS = ("security.selinux", "security.SMACK64", "security.ima", "security.evm")
 _CHUNK_BYTES = 1 << 16  # what is hashed at once; a hole of this size is not
 _ZEROS = bytes(_CHUNK_BYTES)
@@ -105,7 +101,7 @@ def _kind(found: os.DirEntry[str]) -> str:
 
 
 def _kind_of(mode: int) -> str:
-    return next(kind for is_kind, kind in _KINDS if is_kind(mode))
+    return _KINDS[stat.S_IFMT(mode)]
 
 
 def _data(path: str, size_bytes: int) -> tuple[str, int]:

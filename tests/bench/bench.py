@@ -7,12 +7,14 @@ does hits all of them. On a busy host `least` and `cpu` say more than `median`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "vm-tests")]
@@ -192,6 +194,101 @@ def resolving(runs: int) -> list[Line]:
     return lines
 
 
+STATE_FILES, MANY_FILES = 10_000, 200_000
+PER_DIRECTORY = 100
+
+
+def state(runs: int) -> list[Line]:
+    """Seed a directory of 10 000 files, boot it again, and merge a change of 1 % of them; rsync the same.
+
+    Both on an ext4 in memory. rsync does not write to the disk what it has copied, and ours does.
+    """
+    ours: dict[str, list[float]] = {}
+    theirs: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
+        for number in range(max(3, runs // 10)):
+            with file_system(Path(name), 600) as root:
+                make_files(root / "image", STATE_FILES, f"{number} one")
+                for step, image in (("seed", "one"), ("unchanged", "one"), ("merge", "two")):
+                    if step == "merge":
+                        change_files(root / "image", STATE_FILES // 100, f"{number} two")
+                    outcome, took_ms, _ = follow(root, image)
+                    assert outcome == ("present" if step == "unchanged" else "done")
+                    ours.setdefault(step, []).append(took_ms)
+                    started = time.monotonic()
+                    native.command("rsync", "-aquAX", f"{root}/image/", f"{root}/rsync")
+                    theirs.setdefault(step, []).append((time.monotonic() - started) * MS)
+                    assert not native.command(
+                        "rsync", "-ainAXc", "--delete", f"{root}/image/", f"{root}/etc.bind"
+                    )
+    lines = []
+    for step, times in ours.items():
+        took_ms, peers_ms = statistics.median(times), statistics.median(theirs[step])
+        lines.append(Line(f"{step}, {STATE_FILES} files", took_ms, "ms", note=f"rsync {peers_ms:.0f} ms"))
+        lines.append(Line(f"aim: {step} / rsync", took_ms / peers_ms, "x", 1))
+    return lines + state_memory()
+
+
+def state_memory() -> list[Line]:
+    """Merge a change of 1 % of 2000 files, and of 200 000: the memory must not grow with them."""
+    peaks_mib = []
+    for many in (MANY_FILES // 100, MANY_FILES):
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as name, file_system(Path(name), 2000) as root:
+            make_files(root / "image", many, "one", empty=True)
+            follow(root, "one")
+            change_files(root / "image", many // 100, "two")
+            peaks_mib.append(follow(root, "two")[2])
+    return [
+        Line(f"memory of a merge of {MANY_FILES} files", peaks_mib[1], "MiB", 24),
+        Line(
+            f"the same / of {MANY_FILES // 100} files",
+            peaks_mib[1] / peaks_mib[0],
+            "x",
+            1.2,
+            "flat: about 1",
+        ),
+    ]
+
+
+@contextlib.contextmanager
+def file_system(work: Path, size_mib: int) -> Iterator[Path]:
+    """Mount an ext4 of its own."""
+    with (work / "ext4").open("wb") as file:
+        file.truncate(size_mib << 20)
+    native.command("mke2fs", "-q", "-F", "-t", "ext4", "-i", "4096", work / "ext4")
+    (work / "root").mkdir(exist_ok=True)
+    native.command("mount", "-o", "loop", work / "ext4", work / "root")
+    try:
+        yield work / "root"
+    finally:
+        native.command("umount", work / "root")
+
+
+def make_files(root: Path, many: int, text: str, *, empty: bool = False) -> None:
+    """Make files of some bytes to 16 KiB, or empty ones, a hundred in a directory."""
+    for number in range(many):
+        directory = root / f"d{number // PER_DIRECTORY}"
+        if number % PER_DIRECTORY == 0:
+            directory.mkdir(parents=True)
+        content = f"{number} {text}\n" * (0 if empty else 1 + number * 7919 % 1000)
+        (directory / f"file{number}").write_text(content)
+
+
+def change_files(root: Path, many: int, text: str) -> None:
+    """Change the first file of so many directories, or of each, and then more of each."""
+    for number in range(many):
+        directory = root / f"d{number % len(os.listdir(root))}"
+        sorted(directory.iterdir())[number // len(os.listdir(root))].write_text(f"{number} {text}\n")
+
+
+def follow(root: Path, image: str) -> tuple[str, float, float]:
+    """Run state.py: what it did, milliseconds, and MiB."""
+    words = ["/usr/bin/python3.11", "-I", "-S", "-OO", str(HERE / "state.py"), str(native.ROOT), str(root)]
+    said = native.command(*words, f"{root}/image", f"{root}/etc.bind", image)
+    outcome, took_usec, peak_kib = said.split()
+    return outcome, int(took_usec) / MS, int(peak_kib) / 1024
+
+
 VM_BOOTS = 3
 # Before the agent looked at images first and assembled devices (commit 94ef59e), its boot took 0.17 to
 # 0.18 s longer than the plain one. A healthy boot may have become 3 % slower than that. The other budget,
@@ -254,6 +351,7 @@ PARTS: dict[str, Callable[[int], list[Line]]] = {
     "Size": sizes,
     "Bind paths": binds,
     "Resolving devices": resolving,
+    "State": state,
     "Initramfs": initramfs_growth,
     "Virtual time": virtual_time,
 }
@@ -263,10 +361,13 @@ def main() -> int:
     """Print every part; the exit status is 1 if something is over its budget."""
     parser = argparse.ArgumentParser(description="Measure what a boot costs.")
     parser.add_argument("--runs", type=int, default=40, help="of each program (default: 40)")
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="of the report (default: all)")
     arguments = parser.parse_args()
     native.require_root()
     good = True
     for title, part in PARTS.items():
+        if arguments.parts and title not in arguments.parts:
+            continue
         print(f"\n{title} (load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores)", flush=True)
         for line in part(arguments.runs):
             print(f"  {line}", flush=True)

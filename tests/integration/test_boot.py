@@ -402,8 +402,10 @@ def test_layouts_of_image_and_oem_are_merged(machine: Machine, agent: Sequence[s
 
     check_good(machine, boot, "active", "/cOS/active.img")
     overlays = [each for each in boot.plan["operations"] if each["kind"] == "overlay"]
+    origins = {"/etc": "/etc/cos", "/var": "/etc/cos", "/srv": "/oem"}
     assert {each["target"]: each["why"] for each in overlays} == {
-        f"/sysroot{path}": f"RW_PATHS in /oem/cos-layout.env has {path}" for path in ("/etc", "/srv", "/var")
+        f"/sysroot{path}": f"RW_PATHS in {origin}/cos-layout.env has {path}"
+        for path, origin in origins.items()
     }
 
 

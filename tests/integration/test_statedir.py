@@ -29,7 +29,18 @@ REPOSITORY = str(Path(__file__).parents[2])
 # The system calls that change a file system: what is between two of them is one state.
 CHANGING = (
     *("mkdir", "mknod", "mknodat", "link", "linkat", "symlink", "rename", "renameat2", "unlink", "rmdir"),
-    *("ftruncate", "sendfile", "write", "lchown", "chmod", "setxattr", "utimensat", "fsync", "syncfs"),
+    *(
+        "ftruncate",
+        "sendfile",
+        "write",
+        "lchown",
+        "fchown",
+        "chmod",
+        "fchmod",
+        "utimensat",
+        "fsync",
+        "syncfs",
+    ),
 )
 
 
