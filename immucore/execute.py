@@ -12,8 +12,11 @@ from immucore.plan import (
     REQUIRED,
     Bind,
     Check,
+    Extensions,
     Grow,
     Loop,
+    MachineId,
+    MakeDirectory,
     Missing,
     Mount,
     Operation,
@@ -55,6 +58,17 @@ if TYPE_CHECKING:
 
         def seed(self, source: str, target: str, image: str) -> str:
             """Copy a directory that is not there yet, or have it follow an image that is new."""
+
+        def make_directory(self, target: str, mode: int) -> str:
+            """Make a directory that is not there yet."""
+
+        def machine_id(self, target: str, source: str) -> str:
+            """Give the machine the id that it had."""
+
+        def extensions(
+            self, target: str, source: str, sets: tuple[str, ...], spared: tuple[str, ...]
+        ) -> str:
+            """Link images to where systemd looks for extensions."""
 
         def write_file(self, target: str, content: str) -> str:
             """Write a small file."""
@@ -140,7 +154,7 @@ def _outcome(operation: Operation, failure: ImmucoreError, *, skipped: bool) -> 
     return "degraded" if operation.criticality == IMPORTANT else "ignored"
 
 
-def _call(operation: Operation, kernel: Kernel) -> str:  # noqa: PLR0911  one for each kind
+def _call(operation: Operation, kernel: Kernel) -> str:  # noqa: PLR0911, PLR0912  one for each kind
     match operation:
         case Check(target=target, fstype=fstype, mode=mode, repair=repair):
             return kernel.check(target, fstype, mode, repair)
@@ -156,6 +170,12 @@ def _call(operation: Operation, kernel: Kernel) -> str:  # noqa: PLR0911  one fo
             return kernel.seed(source, target, image)
         case Bind(source=source, target=target):
             return kernel.bind(source, target)
+        case MakeDirectory(target=target, mode=mode):
+            return kernel.make_directory(target, mode)
+        case MachineId(target=target, source=source):
+            return kernel.machine_id(target, source)
+        case Extensions(target=target, source=source, sets=sets, spared=spared):
+            return kernel.extensions(target, source, sets, spared)
         case WriteFile(target=target, content=content):
             return kernel.write_file(target, content)
         case TellBootLoader(target=target, entry=entry):

@@ -118,6 +118,17 @@ def _set_xattr(target: str | int, name: str, value: bytes, *, follow_symlinks: b
             raise  # before Linux 6.6 a tmpfs, which may hold an overlay's upper, has no user attributes
 
 
+def copy_label(source: str, target: str) -> None:
+    """Give `target` the SELinux label of `source`, if that has one: no policy is loaded that would do it."""
+    try:
+        label = os.getxattr(source, "security.selinux", follow_symlinks=False)
+    except OSError as error:
+        if error.errno in _NO_XATTRS:
+            return
+        raise
+    os.setxattr(target, "security.selinux", label, follow_symlinks=False)
+
+
 def xattrs(path: str | int) -> list[str]:
     """List the extended attributes, but not those that are overlayfs' own, of a lower layer."""
     try:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 MAKESHIFT = "/run/immucore/makeshift"  # what cannot be kept goes here
 DONE, PRESENT = "done", "present"  # what a call did: it changed the machine, or found it so already
 
+RANDOM_UUID = "/proc/sys/kernel/random/uuid"  # random(4)
 LOOP_CTL_GET_FREE = 0x4C82  # linux/loop.h
 LOOP_CONFIGURE = 0x4C0A  # since Linux 5.8
 LO_FLAGS_READ_ONLY, LO_FLAGS_AUTOCLEAR = 1, 4
@@ -268,8 +269,49 @@ class Kernel:
         )
         with open(descriptor, "wb") as file:
             file.write(content.encode("utf-8", "surrogateescape"))
+        if is_below(target, self._roots[0]):
+            files.copy_label(where if os.path.lexists(where) else os.path.dirname(where), f"{where}.new")
         os.rename(f"{where}.new", where)
         return DONE
+
+    def make_directory(self, target: str, mode: int) -> str:
+        """Make a directory, and those above it (0755); one that is there stays what it is."""
+        try:
+            self.path(target, os.O_DIRECTORY)
+        except FileNotFoundError:
+            os.chmod(self.directory(target), mode)
+            return DONE
+        return PRESENT
+
+    def machine_id(self, target: str, source: str) -> str:
+        """Write the id at `source` to `target` if there is none; without one anywhere, a new one to both.
+
+        An image without one has an empty file, or the word uninitialized (machine-id(5)).
+        """
+        if _machine_id(self._text(target)):
+            return PRESENT
+        kept = _machine_id(self._text(source))
+        if not kept:
+            kept = observe.text(RANDOM_UUID).strip().replace("-", "")
+            self.write_file(source, f"{kept}\n")
+        self.write_file(target, f"{kept}\n")
+        return DONE
+
+    def extensions(self, target: str, source: str, sets: tuple[str, ...], spared: tuple[str, ...]) -> str:
+        """Link images of extensions to where systemd looks for them, if there are any."""
+        try:
+            self.path(source, os.O_DIRECTORY)
+        except FileNotFoundError:
+            return PRESENT
+        from immucore import extensions  # most machines have none
+
+        return DONE if extensions.link(self, source, target, sets, spared) else PRESENT
+
+    def _text(self, path: str) -> str:
+        try:
+            return observe.text(self.path(path))
+        except FileNotFoundError:
+            return ""
 
     def tell_boot_loader(self, target: str, entry: str) -> str:
         """Set next_entry in GRUB's environment block; a block that is none is made anew.
@@ -420,6 +462,12 @@ def _whole(image: str) -> str:
         lost = found.claimed_bytes - size_bytes
         raise MountError(f"cannot mount '{image}': {lost} bytes of it are missing", hint=OTHER_SLOT)
     return found.fstype
+
+
+def _machine_id(text: str) -> str:
+    """Return a valid machine-id, or nothing."""
+    text = text.strip()
+    return text if len(text) == 32 and not text.strip("0123456789abcdef") else ""
 
 
 def _is_of(directory: str, image: str) -> bool:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 SYSFS = "/sys/class/block"
 UDEV = "/run/udev/data"
 EFIVARS = "/sys/firmware/efi/efivars/LoaderDevicePartUUID-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
+SELINUX = "/sys/fs/selinux"  # there if the kernel has it switched on
 RUN = "/run/cos"
 MAX_FILE_BYTES = 1 << 20  # nobody's layout is larger, and a disk is not to fill the memory
 BLOCK_BYTES = 1 << 14  # most files are one; open().read() would take a dozen system calls instead of three
@@ -288,6 +289,8 @@ def image(root: str, run: str = RUN, *, lenient: bool = False) -> Image:
             fstab=image_fstab(root),
             mounts_tmp=any(_exists(directory, path) for path in TMP_MOUNT),
             warnings=tuple(warnings),
+            selinux=os.path.isdir(SELINUX),
+            tmp_label=_label(root, "tmp") if os.path.isdir(SELINUX) else "",
         )
     finally:
         os.close(directory)
@@ -319,6 +322,14 @@ def identity(root: str, path: str) -> str:
         os.close(descriptor)
     known = head + deeper + f"{status.st_size} {status.st_mtime_ns}".encode()
     return blake2b(known, digest_size=16).hexdigest()
+
+
+def _label(root: str, path: str) -> str:
+    try:
+        value = os.getxattr(f"{root}/{path}", "security.selinux", follow_symlinks=False)
+    except OSError:
+        return ""
+    return value.rstrip(b"\0").decode("utf-8", "surrogateescape")
 
 
 def image_fstab(root: str) -> str:

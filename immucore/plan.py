@@ -181,6 +181,49 @@ class Bind(Operation):
         return f"bind {self.source} on {self.target}"
 
 
+class MakeDirectory(Operation):
+    """Make a directory with this mode if there is none."""
+
+    mode: int = 0o755
+
+    def __str__(self) -> str:
+        return f"make {self.target} ({self.mode:04o})"
+
+
+class MachineId(Operation):
+    """Give the machine the id that it had, kept at `source`, if the image has none (machine-id(5))."""
+
+    source: str
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Where it is kept has to be there too."""
+        return (self.source, self.target)
+
+    def __str__(self) -> str:
+        return f"write {self.target} from {self.source}"
+
+
+class Extensions(Operation):
+    """Link the images at `source` to where systemd-sysext and systemd-confext look, below `target`.
+
+    Those of each of `sets`, the first of two with one name. `spared` are directories of the booted system
+    that no extension may hide.
+    """
+
+    source: str
+    sets: tuple[str, ...]
+    spared: tuple[str, ...]
+
+    @property
+    def loses(self) -> tuple[str, ...]:
+        """Nothing that anything else needs."""
+        return ()
+
+    def __str__(self) -> str:
+        return f"link the extensions in {self.source} ({', '.join(self.sets)})"
+
+
 class WriteFile(Operation):
     """Write a small file, replacing what was there in one step."""
 

@@ -78,5 +78,14 @@ class FakeKernel:
     def seed(self, source: str, target: str, image: str) -> str:
         return self._call(target, "seed", source, target, *([image] if image else []))
 
+    def make_directory(self, target: str, mode: int) -> str:
+        return self._call(target, "make", target, f"{mode:o}")
+
+    def machine_id(self, target: str, source: str) -> str:
+        return self._call(target, "machine_id", target, source)
+
+    def extensions(self, target: str, source: str, sets: tuple[str, ...], spared: tuple[str, ...]) -> str:
+        return self._call(target, "extensions", target, source, ",".join(sets), ",".join(spared))
+
     def write_file(self, target: str, content: str) -> str:
         return self._call(target, "write", target, content)

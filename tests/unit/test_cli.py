@@ -115,7 +115,7 @@ def test_explain_for_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     unknown = GOLDEN / "cos-unknown-keys"
     assert cli.main(arguments("explain", unknown, tmp_path, "--json")) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert len(shown["operations"]) == 17
+    assert len(shown["operations"]) == 19
     assert len(shown["warnings"]) == 3
 
 

@@ -18,8 +18,11 @@ from immucore.plan import (
     REQUIRED,
     Bind,
     Check,
+    Extensions,
     Grow,
     Loop,
+    MachineId,
+    MakeDirectory,
     Missing,
     Mount,
     Operation,
@@ -53,6 +56,16 @@ EVERY_KIND: tuple[tuple[Operation, str], ...] = (
     (TellBootLoader(target="/g", entry="fallback", why="x"), "tell_boot_loader /g fallback"),
     (Overlay(target="/sysroot/etc", backing="/run/o", why="x"), "overlay /sysroot/etc /run/o"),
     (Seed(source="/sysroot/etc", target="/s/etc.bind", why="x"), "seed /sysroot/etc /s/etc.bind"),
+    (
+        Seed(source="/sysroot/etc", target="/s/etc.bind", image="ab", why="x"),
+        "seed /sysroot/etc /s/etc.bind ab",
+    ),
+    (MakeDirectory(target="/a", mode=0o700, why="x"), "make /a 700"),
+    (MachineId(target="/a", source="/b", why="x"), "machine_id /a /b"),
+    (
+        Extensions(target="/run", source="/a", sets=("active", "common"), spared=("/etc",), why="x"),
+        "extensions /run /a active,common /etc",
+    ),
     (Bind(source="/s/etc.bind", target="/sysroot/etc", why="x"), "bind /s/etc.bind /sysroot/etc"),
     (WriteFile(target="/run/f", content="1", why="x"), "write /run/f 1"),
 )

@@ -45,7 +45,10 @@ OURS = {
         )
     ),
     *(f"immucore.{name}" for name in ("image", "layouts", "linux", "log", "observe", "plan", "report")),
-    *(f"immucore.layouts.{name}" for name in ("cos", "cos.modes", "cos.names", "cos.settings", "upkeep")),
+    *(
+        f"immucore.layouts.{name}"
+        for name in ("cos", "cos.inside", "cos.modes", "cos.names", "cos.settings", "upkeep")
+    ),
     *(f"immucore.{name}" for name in ("superblock", "syscalls", "values")),
 }
 

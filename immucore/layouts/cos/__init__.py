@@ -11,6 +11,7 @@ from immucore.cmdline import shown_root
 from immucore.devices import ANYWHERE, HOME_FIRST, HOME_ONLY, Device, Devices, Place, Wanted
 from immucore.errors import AmbiguousError, CmdlineError, DeviceError, LayoutError
 from immucore.fstab import lines_of, mount_point
+from immucore.layouts.cos.inside import furnish
 from immucore.layouts.cos.modes import attempts, image_path, mode, partition, users_data
 from immucore.layouts.cos.names import directory_names
 from immucore.layouts.cos.settings import (
@@ -195,6 +196,7 @@ def state(cmdline: Cmdline, devices: Devices, image: Image) -> Plan:
         *_overlay_base(settings, devices, near, needed),
         *(operation for layer in ordered for operation in layer),
         *(_rejected(each) for each in settings.rejected),
+        *furnish(cmdline, image, settings),
     )
     return Plan(
         operations=kept_up(operations, cmdline.fsck_mode, cmdline.fsck_repair),
@@ -460,8 +462,15 @@ def _tmp(image: Image, taken: set[str]) -> dict[str, tuple[Operation, ...]]:
         source="tmpfs",
         target=SYSROOT + target,
         fstype="tmpfs",
-        options=("mode=1777", "nosuid", "nodev"),
+        options=("mode=1777", "nosuid", "nodev", *_root_context(image.tmp_label)),
         why=f"{target} has to be writable (the default)",
         criticality=IMPORTANT,
     )
     return {target: (mount,)}
+
+
+def _root_context(label: str) -> tuple[str, ...]:
+    """Give the option that labels the root of a tmpfs (mount(8)): SELinux reads no label from memory."""
+    if not label or '"' in label:
+        return ()
+    return (f'rootcontext="{label}"' if "," in label else f"rootcontext={label}",)
