@@ -110,7 +110,7 @@ def copy_all_attributes(source: str, target: str) -> None:
 def _finish(source: str, target: str, mode: int) -> None:
     copy_attributes(source, target)
     if (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) and (flags := flags_of(source)):
-        _set_flags(target, flags)
+        set_flags(target, flags)
 
 
 def xattrs(path: str) -> list[str]:
@@ -144,7 +144,8 @@ def flags_of_open(descriptor: int) -> int:
     return int(struct.unpack_from("=i", answer)[0]) & FLAGS
 
 
-def _set_flags(path: str, flags: int) -> None:
+def set_flags(path: str, flags: int) -> None:
+    """Set the flags of a regular file or directory that people set, and leave the file system's own."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         there = struct.unpack_from("=i", fcntl.ioctl(descriptor, FS_IOC_GETFLAGS, bytes(8)))[0]
@@ -195,9 +196,16 @@ def remove(path: str) -> None:
         away(path)
     except PermissionError:
         for each in (path, os.path.dirname(path)):
-            if not os.path.islink(each) and (flags := flags_of(each)) & (IMMUTABLE | APPEND):
-                _set_flags(each, flags & ~(IMMUTABLE | APPEND))
+            if not os.path.islink(each):
+                loosen(each)
         away(path)
+
+
+def loosen(path: str) -> int:
+    """Let a regular file or directory be changed (chattr -ia); return the flags that it had."""
+    if (flags := flags_of(path)) & (IMMUTABLE | APPEND):
+        set_flags(path, flags & ~(IMMUTABLE | APPEND))
+    return flags
 
 
 class Size(Record):
