@@ -109,7 +109,7 @@ class Opened:
             if not os.path.samestat(os.stat(mounted), os.stat(self.now)):
                 raise MountError(
                     f"cannot look at '{shown(kept.path)}': something else is mounted there by now",
-                    hint=f"see what it is: findmnt {kept.path}",
+                    hint=f"see what it is: findmnt {shown(kept.path)}",
                 )
 
     def views(self) -> tuple[View, View]:
@@ -132,7 +132,7 @@ class Opened:
         if not there or there[-1].fstype != "overlay":
             raise MountError(
                 f"cannot look at '{shown(self.kept.path)}': no overlay is mounted there by now",
-                hint=f"see what it is: findmnt {self.kept.path}",
+                hint=f"see what it is: findmnt {shown(self.kept.path)}",
             )
 
     def _below(self, root: str, path: str) -> int:
@@ -407,7 +407,11 @@ def say(line: str) -> None:
 
 def _whole(kept: Kept, path: str, kind: str = "") -> str:
     """Name a path from the root, a directory with a slash at its end."""
-    return shown(f"{kept.path.rstrip('/')}/{path}".rstrip("/") + ("/" if kind == DIRECTORY else ""))
+    return shown(_joined(kept, path)) + ("/" if kind == DIRECTORY else "")
+
+
+def _joined(kept: Kept, path: str) -> str:
+    return f"{kept.path}/{path}" if path else kept.path
 
 
 def _facts(kept: Kept, root: str, *, listed: bool = False) -> dict[str, Any]:
@@ -428,15 +432,16 @@ def _facts(kept: Kept, root: str, *, listed: bool = False) -> dict[str, Any]:
                 with opened.manifest() as reader:
                     facts["image"], facts["adopted"] = reader.image, reader.memory().adopted
             facts |= dict.fromkeys(KINDS, 0)
-            facts["conflicts"] = [_whole(kept, each.path) for each in conflicts(opened)]
+            facts["conflicts"] = [_joined(kept, each.path) for each in conflicts(opened)]
             if listed:
                 facts["files"] = []
             for change in changes(opened):
                 facts[change.what] += 1
                 if listed:
-                    name = f"{kept.path.rstrip('/')}/{change.path}".rstrip("/")
+                    name = _joined(kept, change.path)
                     facts["files"].append({"what": change.what, "path": name, "kind": change.kind})
     except (ImmucoreError, OSError, ValueError, RecursionError) as error:
+        facts = {key: value for key, value in facts.items() if key not in (*KINDS, "files")}
         facts["error"] = _reason(kept, error).message
     return facts
 
@@ -465,13 +470,13 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
     if facts["error"]:
         yield f"    {facts['error']}"
         return
-    follows = "what the booted image has" if facts["image"] is None else f"image {shown(facts['image'])}"
-    yield f"    follows {follows or 'an image that is not known'}"
+    known = {None: "what the booted image has", "": "an image that is not known"}
+    yield f"    follows {known.get(facts['image']) or 'image ' + shown(facts['image'])}"
     yield "    " + ", ".join(f"{facts[what]} {what}" for what in KINDS[:3])
     if facts["adopted"]:
         yield f"    was there before its first manifest (adopted): {facts[MISSING]} missing"
     for path in facts["conflicts"]:
-        yield f"    in conflict: {path}"
+        yield f"    in conflict: {shown(path)}"
 
 
 # Commands
@@ -542,13 +547,18 @@ def _difference(opened: Opened, path: str, theirs: Entry | None, ours: Entry | N
         kind = (ours or theirs or Entry(kind="", mode=0, uid=0, gid=0)).kind
         yield f"only {there} has {whole} ({kind}): {other}"
         return
-    if ours == theirs:
-        yield f"{whole} is as the image has it"
-        return
     for what, image, here in _attributes(theirs, ours):
         yield f"{whole}: {what}: {image} in the image, {here} here"
     if ours.kind == theirs.kind == "file" and ours.content != theirs.content:
         yield from _content(opened, path, whole)
+    if ours.kind == theirs.kind == DIRECTORY:
+        below = [change for change in _against_image(opened, path) if change.path != path]
+        yield from (f"{change.what} {_whole(opened.kept, change.path, change.kind)}" for change in below)
+        same = ours == theirs and not below
+    else:
+        same = ours == theirs
+    if same:
+        yield f"{whole} is as the image has it"
 
 
 def _attributes(theirs: Entry, ours: Entry) -> Iterator[tuple[str, str, str]]:
@@ -685,10 +695,13 @@ class _Reset:
     def __init__(self, opened: Opened) -> None:
         self._opened = opened
         self._top, self._name = opened.top, opened.stage
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(self._name, 0o700, dir_fd=self._top)
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._stage = os.open(self._name, flags, dir_fd=self._top)
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(self._name, 0o700, dir_fd=self._top)
+            self._stage = os.open(self._name, flags, dir_fd=self._top)
+        except OSError as error:
+            raise self._failed(shown(opened.kept.path), error) from None
         try:
             status = os.fstat(self._stage)
             if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) != 0o700:

@@ -6,7 +6,9 @@ import json
 import os
 import stat
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -235,6 +237,12 @@ def test_differences(booted: Machine, state: State) -> None:
     assert "attribute user.kept: '\\x00binary\\xff' in the image, 'other' here" in said
     assert "attribute security.capability: " in said
     assert "here\n" in said
+    live(booted, "/own/more").mkdir()
+    assert state("diff", "/var/log/null").stdout == "/var/log/null is as the image has it\n"
+    assert "deleted /var/log/null\n" not in state("diff", "/var/log").stdout
+    live(booted, "/log/null").unlink()
+    assert "deleted /var/log/null\n" in state("diff", "/var/log").stdout
+    assert state("diff", "/home").stdout == "/home is as the image has it\n"
     live(booted, "/sparse").write_text("x" * 300_000)
     assert "too large to be compared by lines" in state("diff", "/var/sparse").stdout
 
@@ -440,3 +448,198 @@ def test_a_machine_without_a_record(machine: Machine, state: State) -> None:
     done = state()
     assert done.returncode == 4
     assert "cannot read '/run/immucore/steps.json'" in done.stderr
+
+
+# The system calls of a reset that change a file system: what is between two of them is one state.
+CHANGING = (
+    *("mkdir", "mkdirat", "mknod", "mknodat", "link", "symlink", "ftruncate", "sendfile", "lchown", "chmod"),
+    *("setxattr", "utimensat", "fsync", "syncfs", "rename", "renameat", "renameat2"),
+    *("unlink", "unlinkat", "rmdir"),
+)
+
+
+@pytest.mark.parametrize(("text", "was"), [(BIND, "a file"), (BIND, "a directory"), (OVERLAY, "a file")])
+def test_a_reset_that_is_cut_off_anywhere(
+    machine: Machine, state: State, source: Sequence[str], text: str, was: str
+) -> None:
+    """Killed at each change of the file system: what is there is the old version or the image's, whole."""
+    layout(machine, text)
+    machine.boot(ACTIVE, source)
+    tool = live(machine, "/tool")
+    image = described(live(machine))["tool"]
+    reset = (sys.executable, "-m", "immucore", "state", "reset", "/var", "tool")
+
+    def change() -> None:
+        machine.run("rm", "-rf", "/sysroot/var/tool")
+        if was == "a directory":
+            tool.mkdir()
+            (tool / "in").write_text("mine")
+        else:
+            tool.write_text("mine")
+
+    def version() -> str:
+        if tool.is_dir():
+            return "a directory" if (tool / "in").read_text() == "mine" else "half"
+        if tool.read_bytes() == b"mine":
+            return "a file"
+        return "the image's" if described(live(machine))["tool"] == image else "half"
+
+    change()
+    trace = ("strace", "--output=/machine/trace", f"--trace={','.join(f'?{each}' for each in CHANGING)}")
+    machine.run(*trace, *reset)
+    calls = [line.partition("(")[0] for line in machine.path("/machine/trace").read_text().splitlines()]
+    seen = set()
+    for call in {*CHANGING} & {*calls}:
+        for when in range(1, calls.count(call) + 1):
+            change()
+            inject = f"--inject={call}:signal=SIGKILL:when={when}"
+            killed = subprocess.run(
+                machine.inside("strace", "--output=/dev/null", f"--trace={call}", inject, *reset),
+                capture_output=True,
+                check=False,
+            )
+            assert killed.returncode in (0, 137, -9), killed
+            seen.add(version())
+            if killed.returncode == 0:
+                break  # Python had written its own cache the first time
+            assert state("reset", "/var", "tool").returncode == 0
+            assert version() == "the image's"
+            assert stages(machine) == []
+    assert seen == {was, "the image's"}
+    assert listed(state("/var")) == []
+
+
+def test_a_full_disk(booted: Machine, state: State) -> None:
+    live(booted, "/sparse").unlink()
+    live(booted, "/log/text").write_text("mine")
+    volume = booted.path("/sysroot/usr/local")
+    with suppress(OSError), (volume / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 16))
+    with suppress(OSError), (volume / "rest").open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x")
+    done = state("reset", "/var", "--yes")
+    assert done.returncode == 4
+    assert "No space left on device; it stays as it was" in done.stderr
+    assert "hint: free space on the file system" in done.stderr
+    assert live(booted, "/log/text").read_text() == "mine"
+    (volume / "filler").unlink()
+    assert state("reset", "/var", "--yes").returncode == 0
+    assert listed(state("/var")) == []
+    assert stages(booted) == []
+
+
+@pytest.mark.parametrize("text", [BIND, OVERLAY])
+def test_a_path_in_another(machine: Machine, source: Sequence[str], state: State, text: str) -> None:
+    layout(machine, text.replace("/var", "/var /var/log"))
+    machine.boot(ACTIVE, source)
+    live(machine, "/log/text").write_text("mine")
+    live(machine, "/mine").write_text("mine")
+    assert listed(state("/var")) == ["added /var/mine"]
+    assert listed(state("/var/log")) == ["changed /var/log/text"]
+    assert "-hello\n+mine\n" in state("diff", "/var/log/text").stdout
+    assert state("reset", "/var", "--yes").returncode == 0
+    assert live(machine, "/log/text").read_text() == "mine"
+    assert state("reset", "/var/log", "--yes").stdout == "replaced /var/log/text\n"
+    assert listed(state("/var/log")) == []
+
+
+def test_the_frozen_program(booted: Machine, frozen: Sequence[str]) -> None:
+    (booted.path("/sysroot/var") / os.fsdecode(b"\xff\xc3\xbc")).write_text("mine")
+    live(booted, "/log/text").write_text("f\u00fcr\n")
+    for locale in ("C", "C.UTF-8", "POSIX"):
+        for words in (["/var"], ["diff", "/var/log/text"], []):
+            done = subprocess.run(
+                booted.inside(frozen[0], "state", *words),
+                capture_output=True,
+                check=False,
+                env={"PATH": os.environ["PATH"], "LC_ALL": locale},
+            )
+            assert (done.returncode, done.stderr) == (0, b"")
+    done = subprocess.run(
+        booted.inside(frozen[0], "state", "reset", "/var", os.fsdecode(b"\xff\xc3\xbc")), check=False
+    )
+    assert done.returncode == 0
+    assert not live(booted, "/" + os.fsdecode(b"\xff\xc3\xbc")).exists()
+
+
+def test_a_confirmation_on_a_terminal(booted: Machine, source: Sequence[str]) -> None:
+    for typed, gone in ((b"no\n", False), (b"yes\n", True)):
+        live(booted, "/mine").write_text("mine")
+        ours, theirs = os.openpty()
+        process = subprocess.Popen(
+            booted.inside(*source[:-1], "state", "reset", "/var"), stdin=theirs, stdout=subprocess.PIPE
+        )
+        os.write(ours, typed)
+        said, _ = process.communicate(timeout=30)
+        os.close(ours)
+        os.close(theirs)
+        assert process.returncode == 0
+        assert said.startswith(b"remove /var/mine\nAll of this is done to /var")
+        assert live(booted, "/mine").exists() != gone
+
+
+def test_an_overlay_that_cannot_be_kept(switch_on: Callable[[], Machine], source: Sequence[str]) -> None:
+    """On a full disk what was kept is a lower layer, and what changes is in memory."""
+    machine = switch_on()
+    layout(machine, OVERLAY)
+    machine.boot(ACTIVE, source)
+    live(machine, "/tool").unlink()
+    live(machine, "/mine").write_text("mine")
+    machine = switch_on()
+    with machine.partition("persistent") as persistent, suppress(OSError):
+        for number in range(100_000):
+            (persistent / f"{number}").touch()
+    machine.start(ACTIVE, source).communicate(timeout=30)
+    assert '"makeshift"' in machine.path("/run/immucore/steps.json").read_text()
+    live(machine, "/log/text").write_text("mine")
+    state = (*source[:-1], "state")
+    found = json.loads(machine.run(*state, "--json"))["paths"][1]
+    assert "No space left on device" in found["note"]
+    assert (found["changed"], found["added"], found["deleted"]) == (1, 1, 1)
+    assert (
+        machine.run(*state, "reset", "/var", "log", "mine") == "replaced /var/log/text\nremoved /var/mine\n"
+    )
+    assert machine.run(*state, "/var") == "deleted /var/tool\n"
+
+
+SWAP = r"""
+echo $$ >/machine/swapping
+ln -s /sysroot/usr/local/outside link
+while :; do
+    mv --no-target-directory dir aside && mv --no-target-directory link dir
+    mv --no-target-directory dir link && mv --no-target-directory aside dir
+done
+"""
+
+
+def test_somebody_swaps_a_directory_for_a_symlink(
+    machine: Machine, source: Sequence[str], state: State
+) -> None:
+    """Whoever owns a directory does that at any moment, and never makes root write anywhere else."""
+    layout(machine, BIND)
+    with machine.image() as root:
+        (root / "home/dir/deep").mkdir(parents=True)
+        for number in range(200):
+            (root / f"home/dir/{number}").write_text("image")
+            (root / f"home/dir/deep/{number}").write_text("image")
+    machine.boot(ACTIVE, source)
+    outside = machine.path("/sysroot/usr/local/outside")
+    (outside / "deep").mkdir(parents=True)
+    for number in range(0, 200, 2):
+        (outside / f"deep/{number}").write_text("outside")
+    before = described(outside)
+    home = machine.path("/sysroot/home")
+    for each in (*home.glob("dir/*7"), *home.glob("dir/deep/*3")):
+        each.write_text("mine")
+    swapping = subprocess.Popen(
+        machine.inside("sh", "-c", f"cd /sysroot/home; {SWAP}"), stderr=subprocess.DEVNULL
+    )
+    try:
+        statuses = [state("reset", "/home", "dir").returncode for _ in range(8)]
+    finally:
+        machine.run("kill", "-KILL", machine.path("/machine/swapping").read_text().strip())
+        swapping.wait()
+    assert {*statuses} <= {0, 2, 4}
+    assert described(outside) == before
