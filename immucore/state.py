@@ -727,12 +727,15 @@ class _Reset:
             os.close(self._stage)
 
     def _lock(self) -> None:
-        try:
+        """Keep others out; one that has just ended may have removed the directory after it was opened."""
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
             fcntl.flock(self._stage, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise MountError(
-                "cannot reset anything here: another reset is at work", hint="wait until it is done"
-            ) from None
+            there = os.stat(self._name, dir_fd=self._top, follow_symlinks=False)
+            if os.path.samestat(there, os.fstat(self._stage)):
+                return
+        raise MountError(
+            "cannot reset anything here: another reset is at work", hint="try again when that is done"
+        )
 
     def _clear(self) -> None:
         for name in os.listdir(self._stage):
