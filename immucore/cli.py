@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from immucore import __version__, cmdline, layouts, observe, report
 from immucore.boot import INITRD_RELEASE, fstab_plan, image_of
 from immucore.devices import BOOTDISK, Device, Devices
-from immucore.errors import CmdlineError, ImmucoreError
+from immucore.errors import CmdlineError, ImmucoreError, Interrupted
 from immucore.execute import SUCCEEDED
 from immucore.plan import REQUIRED, SYSROOT, Missing, Plan, as_booted, is_below
 from immucore.self_test import self_test
@@ -27,6 +27,7 @@ LSBLK = (
 CMDLINE = "/proc/cmdline"
 _DESCRIPTION = "The early-boot agent of image-based Linux: from a disk with images to a running system."
 _SOURCES = "By default it looks at this machine: /proc/cmdline, the udev database, the image that is booted."
+_STATE = "`immucore state [PATH]` is short for `immucore state show [PATH]`."
 _EVIDENCE = (
     "what failed, what to do about it, at which step, which devices were seen, where the evidence is."
 )
@@ -208,6 +209,16 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _state(arguments: argparse.Namespace) -> int:
+    from immucore import state
+
+    run = {"show": state.show, "diff": state.diff, "reset": state.reset}[arguments.action]
+    try:
+        return run(arguments)
+    except KeyboardInterrupt:
+        raise Interrupted("stopped: what is listed is done, and nothing else") from None
+
+
 def _self_test(_: argparse.Namespace) -> int:
     problems = self_test()
     for problem in problems:
@@ -238,6 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_doctor)
     command.add_argument("--json", action="store_true", help="for programs")
     command.add_argument("directory", nargs="?", metavar="DIR", default="", help="only what lies here")
+    _state_parsers(commands)
     test = commands.add_parser(
         "self-test", help="import every module and open every library of this program"
     )
@@ -245,9 +257,40 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _state_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "say what was changed in the persistent paths, and give the image's version back"
+    state = commands.add_parser("state", help=text, description=f"{text.capitalize()}. {_STATE}")
+    state.set_defaults(run=_state)
+    actions = state.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for name, text in (
+        ("show", "list the persistent paths, or what was changed in one of them; the word can be left out"),
+        ("diff", "show how a file differs from the image's version"),
+        ("reset", "give the image's version of files back, or of a whole persistent path"),
+    ):
+        command = actions.add_parser(name, help=text, description=f"{text.capitalize()}.")
+        command.add_argument("--root", metavar="DIR", help="where the booted system is mounted")
+        if name == "show":
+            command.add_argument("--json", action="store_true", help="for programs")
+            command.add_argument("path", nargs="?", metavar="PATH", help="a persistent path")
+        elif name == "diff":
+            command.add_argument("file", metavar="FILE", help="as the booted system calls it")
+        else:
+            command.add_argument("--yes", action="store_true", help="reset a whole path and do not ask")
+            command.add_argument("path", metavar="PATH", help="a persistent path")
+            command.add_argument("files", nargs="*", metavar="FILE", help="in it; none: all of it")
+
+
+def _with_action(arguments: Sequence[str]) -> list[str]:
+    """Put the word in that can be left out: `immucore state /etc` is `immucore state show /etc`."""
+    words = [*arguments]
+    if words[:1] == ["state"] and words[1:2] not in (["show"], ["diff"], ["reset"], ["-h"], ["--help"]):
+        words.insert(1, "show")
+    return words
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run one of the tools; the exit status is that of contract §9."""
-    parsed = _parser().parse_args(arguments)
+    parsed = _parser().parse_args(_with_action(arguments))
     try:
         status: int = parsed.run(parsed)
     except ImmucoreError as error:

@@ -53,7 +53,7 @@ def copy(source: str, target: str, links: Links) -> None:
     if stat.S_ISREG(status.st_mode):
         flags = _copy_file(source, target, status)
         if flags:
-            _set_flags(target, flags)
+            set_flags(target, flags)
         return
     if stat.S_ISLNK(status.st_mode):
         os.symlink(os.readlink(source), target)
@@ -107,7 +107,7 @@ def copy_all_attributes(source: str, target: str) -> None:
     """Give a directory the flags of `source` too, which has to be the last: it may be immutable then."""
     copy_attributes(source, target)
     if flags := flags_of(source):
-        _set_flags(target, flags)
+        set_flags(target, flags)
 
 
 def _set_xattr(target: str | int, name: str, value: bytes, *, follow_symlinks: bool = True) -> None:
@@ -160,7 +160,8 @@ def flags_of_open(descriptor: int) -> int:
     return int(struct.unpack_from("=i", answer)[0]) & FLAGS
 
 
-def _set_flags(path: str, flags: int) -> None:
+def set_flags(path: str, flags: int) -> None:
+    """Set the flags of a regular file or directory that people set, and leave the file system's own."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         there = struct.unpack_from("=i", fcntl.ioctl(descriptor, FS_IOC_GETFLAGS, bytes(8)))[0]
@@ -239,10 +240,16 @@ def _remove_one(path: str, away: Callable[[str], None]) -> None:
         away(path)
     except PermissionError:
         for each in (path, os.path.dirname(path)):
-            kind = stat.S_IFMT(os.lstat(each).st_mode)
-            if kind in (stat.S_IFREG, stat.S_IFDIR) and (flags := flags_of(each)) & (IMMUTABLE | APPEND):
-                _set_flags(each, flags & ~(IMMUTABLE | APPEND))
+            if stat.S_IFMT(os.lstat(each).st_mode) in (stat.S_IFREG, stat.S_IFDIR):
+                loosen(each)
         away(path)
+
+
+def loosen(path: str) -> int:
+    """Let a regular file or directory be changed (chattr -ia); return the flags that it had."""
+    if (flags := flags_of(path)) & (IMMUTABLE | APPEND):
+        set_flags(path, flags & ~(IMMUTABLE | APPEND))
+    return flags
 
 
 class Size(Record):

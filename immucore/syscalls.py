@@ -7,7 +7,7 @@ import errno
 import os
 import struct
 
-RESOLVE_IN_ROOT = 0x10  # openat2(2)
+RESOLVE_IN_ROOT, RESOLVE_NO_SYMLINKS = 0x10, 0x04  # openat2(2)
 ATTEMPTS = 1000  # of openat2: EAGAIN where something was renamed, anywhere, while it looked at a `..`
 MS = {
     "ro": 1,
