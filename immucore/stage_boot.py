@@ -51,14 +51,16 @@ def run(boot: Boot, stage: str, directories: tuple[str, ...], words: tuple[tuple
         _main(write, stage, directories, words)
     os.close(write)
     try:
-        take = _Taker(boot, stage)
+        take = _Taker(boot)
         with open(read, encoding="ascii") as lines:
             for line in lines:
                 take.message(*json.loads(line))
         _, status = os.waitpid(child, 0)
         child = 0
         if status:
-            take.failed(f"stage {stage}", "", f"it ended with status {os.waitstatus_to_exitcode(status)}")
+            take.failed(
+                f"stage {stage}", stage, "", f"it ended with status {os.waitstatus_to_exitcode(status)}"
+            )
     finally:
         if child:
             _stop(child)
@@ -67,9 +69,8 @@ def run(boot: Boot, stage: str, directories: tuple[str, ...], words: tuple[tuple
 class _Taker:
     """Takes down what the process of a stage tells."""
 
-    def __init__(self, boot: Boot, stage: str) -> None:
+    def __init__(self, boot: Boot) -> None:
         self._boot = boot
-        self._stage = stage
         self._began_usec = time.monotonic_ns() // 1000
 
     def message(self, kind: str, *said: str) -> None:
@@ -77,21 +78,21 @@ class _Taker:
         if kind == "failed":
             self.failed(*said)
         elif kind == "done":
-            self._record(said[0], said[1], "done", "")
+            self._record(*said, outcome="done", reason="")
         else:
             self._boot.log.write(WARNING if kind == "warning" else DEBUG, said[0])
 
-    def failed(self, target: str, name: str, message: str) -> None:
+    def failed(self, target: str, stage: str, name: str, message: str) -> None:
         """Record what could not be done: the boot goes on, degraded."""
-        message = f"'{name}' of stage {self._stage}: {message}" if name else message
+        message = f"'{name}' of stage {stage}: {message}" if name else message
         if any(step.reason == message and step.operation.target == target for step in self._boot.record):
             return  # a file that cannot be read is told of once, not by each stage
         self._boot.log.warning(f"{message}; the boot goes on without it")
-        self._record(target, name, "degraded", message)
+        self._record(target, stage, name, outcome="degraded", reason=message)
 
-    def _record(self, target: str, name: str, outcome: str, reason: str) -> None:
+    def _record(self, target: str, stage: str, name: str, *, outcome: str, reason: str) -> None:
         operation = Stage(
-            target=target, stage=self._stage, name=name, why="a cloud-init file", criticality=IMPORTANT
+            target=target, stage=stage, name=name, why="a cloud-init file", criticality=IMPORTANT
         )
         now_usec = time.monotonic_ns() // 1000
         step = Step(
@@ -143,7 +144,7 @@ class _Teller:
     def failed(self, step: stages.Step, message: str) -> None:
         """Say what of a step could not be done."""
         self.failures += 1
-        self.send("failed", step.place.name, step.name, message)
+        self.send("failed", step.place.name, step.stage, step.name, message)
 
 
 def _main(
@@ -158,10 +159,10 @@ def _main(
         try:
             _do(teller, stage, directories, words)
         except (ImmucoreError, OSError) as error:
-            teller.send("failed", f"stage {stage}", "", f"cannot do stage {stage}: {told(error)}")
+            teller.send("failed", f"stage {stage}", stage, "", f"cannot do stage {stage}: {told(error)}")
         except Exception as error:  # noqa: BLE001  a bug too has to be told in one sentence
             bug = f"this is a bug in immucore: {type(error).__name__}: {error}"
-            teller.send("failed", f"stage {stage}", "", bug)
+            teller.send("failed", f"stage {stage}", stage, "", bug)
         status = 0
     finally:
         os._exit(status)
@@ -186,28 +187,28 @@ def _do(
     for pattern in stages.SUB_STAGES:
         sub_stage = pattern.format(stage)
         # Looked for each time: what a step puts there counts from the next one on.
-        for path in _listed(teller, root, directories):
+        for path in _listed(teller, root, stage, directories):
             try:
                 wanted = stages.steps_of(_documents(root, path, read), sub_stage)
             except ImmucoreError as error:
                 if error.message not in told_already:
                     told_already.add(error.message)
-                    teller.send("failed", path, "", error.message)
+                    teller.send("failed", path, sub_stage, "", error.message)
                 continue
             _do_steps(teller, steps, wanted)
         for problem in problems:
-            teller.send("failed", WORDS, "", problem)
+            teller.send("failed", WORDS, sub_stage, "", problem)
         problems = []
         _do_steps(teller, steps, stages.steps_of(from_words, sub_stage))
 
 
-def _listed(teller: _Teller, root: str, directories: tuple[str, ...]) -> list[str]:
+def _listed(teller: _Teller, root: str, stage: str, directories: tuple[str, ...]) -> list[str]:
     found = []
     for directory in directories:
         try:
             found += observe.stage_files(root, (directory,))
         except OSError as error:
-            teller.send("failed", directory, "", f"cannot look into {directory}: {error.strerror}")
+            teller.send("failed", directory, stage, "", f"cannot look into {directory}: {error.strerror}")
     return found
 
 
@@ -224,7 +225,7 @@ def _do_steps(teller: _Teller, steps: stage_steps.Steps, wanted: list[stages.Ste
     for step in wanted:
         before = teller.failures
         if steps.do(step) and teller.failures == before:
-            teller.send("done", step.place.name, step.name)
+            teller.send("done", step.place.name, step.stage, step.name)
 
 
 def _os_release() -> dict[str, str]:

@@ -5,12 +5,17 @@ With sfdisk, which has to be in the initramfs; nothing is started where there is
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import os
+import re
+import struct
 
 from immucore import growth, observe, superblock, syscalls
 from immucore.stage_tools import StepError, command
 
 SECTOR_BYTES = 512  # sysfs counts in these, whatever the disk's own are
+BLKPG, BLKPG_RESIZE_PARTITION = 0x1269, 3  # linux/blkpg.h; struct blkpg_ioctl_arg, blkpg_partition
 MIB = 1 << 20
 TABLE_BYTES = 2 * MIB  # what the start of the disk, the backup of its table and alignment may take
 
@@ -30,12 +35,12 @@ def expand(asked: tuple[str, str, int]) -> None:
     wanted = size_mib * MIB if size_mib else has + free
     if free > TABLE_BYTES and wanted > has:
         _refuse_all_but_the_last(disk, name, end)
-        # --no-reread: other partitions of the disk are in use; partx tells the kernel of this one.
+        # --no-reread: other partitions of the disk are in use, and the kernel is told of this one alone.
         size = f"{size_mib}MiB" if size_mib else "+"
         options = ("--no-reread", "--no-tell-kernel", "--force", "--quiet")
         device = f"/dev/{os.path.basename(disk)}"
         command("sfdisk", *options, "-N", str(number), device, typed=f",{size}\n")
-        command("partx", "--update", "--nr", str(number), device)
+        _tell_kernel(device, number)
     _grow_file_system(source)
 
 
@@ -59,6 +64,28 @@ def _refuse_all_but_the_last(disk: str, name: str, end: int) -> None:
             raise StepError(f"{os.path.basename(other)} lies behind {name}: it cannot grow")
 
 
+def _tell_kernel(device: str, number: int) -> None:
+    """Resize the kernel's partition to what the table says; it stays the same device, mounted or not."""
+    table = command("sfdisk", "--dump", device)
+    entry = re.search(rf"^\S*\D{number} : start= *(\d+), size= *(\d+)", table, re.MULTILINE)
+    unit = re.search(r"^sector-size: (\d+)$", table, re.MULTILINE)
+    if entry is None:
+        raise StepError(f"sfdisk shows no partition {number} of {device}")
+    start, length = (int(text) * int(unit[1] if unit else SECTOR_BYTES) for text in entry.groups())
+    partition = ctypes.create_string_buffer(struct.pack("=qqi132x", start, length, number))
+    argument = struct.pack(
+        "iiiP", BLKPG_RESIZE_PARTITION, 0, len(partition) - 1, ctypes.addressof(partition)
+    )
+    disk = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(disk, BLKPG, argument)
+    except OSError as error:
+        error.filename = device
+        raise
+    finally:
+        os.close(disk)
+
+
 def _grow_file_system(source: str) -> None:
     """Let a file system fill its partition, by a mount of it that nobody sees."""
     fstype = superblock.identify(source).fstype
@@ -67,5 +94,8 @@ def _grow_file_system(source: str) -> None:
     tree = syscalls.detached_mount(source, fstype, read_only=False)
     try:
         growth.grow(source, f"/proc/self/fd/{tree}")
+    except OSError as error:
+        error.filename = source
+        raise
     finally:
         os.close(tree)
