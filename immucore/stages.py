@@ -77,7 +77,7 @@ def _step(node: Node, stage: str, number: int) -> Step:
         place=node.place,
         stage=stage,
         conditions=conditions,
-        keys=keys,
+        keys={key: keys[key] for key in READERS if key in keys},  # in the order in which they are done
         broken=broken,
         problems=tuple(problems),
         unknown=tuple(unknown),

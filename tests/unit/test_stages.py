@@ -234,6 +234,11 @@ def test_the_other_keys() -> None:
     assert step.keys["ensure_entities"] == (("/etc/shadow", "kind: shadow\nusername: x\n"),)
 
 
+def test_keys_are_done_in_one_order_however_they_are_written() -> None:
+    step = one("commands: [x]\nusers: {}\nfiles: []\ndirectories: []\nhostname: x\ngroups: []")
+    assert [*step.keys] == ["groups", "directories", "files", "commands", "hostname", "users"]
+
+
 def test_a_user() -> None:
     step = one(
         "users:\n  kairos:\n    passwd: $6$x\n    groups: [admin, wheel]\n    shell: /bin/bash\n"
