@@ -160,8 +160,9 @@ class Boot:
             self.early.append(each.target)
         if name == "rootfs":
             self.layouts = {path: observe.text(path) for path in observe.RUN_LAYOUTS}
-            self.devices = Devices()  # looked at once more: a step may have changed them
         stage_boot.run(self, name, directories, slot.stages)
+        if name == "rootfs" and self.devices.all:
+            self.devices = observe.devices(self.cmdline.boot_disk)  # a step may have changed them
 
     def _withdraw_sentinels(self) -> None:
         for path in self.early:

@@ -406,3 +406,36 @@ def test_only_the_last_partition_grows(switch_on: Callable[[], Machine], disk: P
 
     assert boot.result["outcome"] == "degraded"
     assert "lies behind" in failures(boot)[0] or "overlap" in failures(boot)[0]
+
+
+def test_what_is_missing_in_the_new_root_is_named(machine: Machine, agent: Sequence[str]) -> None:
+    """The image has no program at all; what needs none is done."""
+    oem(
+        machine,
+        one=(
+            "stages:\n  initramfs:\n"
+            "    - name: x\n      commands: [touch /etc/never]\n      users: {a: {}}\n"
+            "      files: [{path: /etc/file}]\n"
+        ),
+    )
+
+    boot = machine.boot(ACTIVE, agent)
+
+    where = "/oem/one.yaml: 'x' of stage initramfs: "
+    assert failures(boot) == [
+        f"{where}/oem/one.yaml:4:18: cannot start /bin/sh: No such file or directory",
+        f"{where}users: there is no useradd here",
+    ]
+    assert machine.path("/sysroot/etc/file").read_text() == ""
+    assert "Traceback" not in boot.stderr
+
+
+def test_no_command_is_shown(machine: Machine) -> None:
+    oem(machine, one="stages: {rootfs: [{commands: ['exit 1 # hush']}, {if: 'exit 1 # hush'}]}")
+
+    boot = machine.boot(f'{ACTIVE} rd.cos.debug stages.rootfs[0].commands[0]="exit 1 # hush"', SOURCE)
+
+    assert len(failures(boot)) == 2
+    assert "hush" not in boot.stderr + boot.console + "".join(boot.files.values())
+    record = machine.path("/sysroot/oem/immucore")
+    assert all("hush" not in file.read_text() for file in record.rglob("*") if file.is_file())
