@@ -58,6 +58,8 @@ class Boot:
         self.earlier: list[Step] = []  # of the slots that could not be booted
         self.waits: list[report.Wait] = []
         self.given_up: set[str] = set()  # waited for in vain: no other slot waits for it once more
+        self.early: list[str] = []  # sentinels that are there for the stages, before the boot has succeeded
+        self.layouts: dict[str, str] = {}  # the layout files in /run, as they were before the stages
         self.running = True
 
     def interrupted(self, number: int, _frame: object) -> None:
@@ -75,6 +77,9 @@ class Boot:
         """
         try:
             self._run()
+        except BaseException:
+            self._withdraw_sentinels()
+            raise
         finally:
             self.running = False
 
@@ -84,7 +89,8 @@ class Boot:
         self.slot = self.cmdline = cmdline.parse(line)
         self.log.debug_wanted = self.cmdline.debug
         self.log.debug(f"command line: {cmdline.redacted(line)}")
-        self.log.debug(f"parsed: {self.cmdline.replace(root=cmdline.shown_root(self.cmdline.root))}")
+        shown = self.cmdline.replace(root=cmdline.shown_root(self.cmdline.root), stages=())
+        self.log.debug(f"parsed: {shown}")
         if not (self.cmdline.engaged or self.cmdline.bystander):
             self.log.info("nothing to do: the kernel command line names no image (cos-img/filename=)")
             return
@@ -108,6 +114,7 @@ class Boot:
         self._do(fstab_plan(done, observe.image_fstab(SYSROOT), asked))
         if self.slot.instead_of:
             self._do(layout.fell_back(self.slot, report.why_not(self.failures)))
+        self._stage("initramfs", layout, self.slot)
 
     def _first_that_boots(self, layout: ModuleType, attempts: tuple[Cmdline, ...]) -> tuple[Cmdline, Plan]:
         """Mount the root of the first slot that has one and whose layout can be read; plan its state.
@@ -117,6 +124,7 @@ class Boot:
         for slot in attempts:
             try:
                 self._do(layout.root(slot, self._devices(layout.root_devices(slot))))
+                self._stage("rootfs", layout, slot)
                 image = image_of(layout, slot, SYSROOT)
                 devices = self._devices(layout.state_devices(slot, image))
                 return slot, layout.state(slot, devices, image)
@@ -132,6 +140,43 @@ class Boot:
                     break  # a guess is no better in another slot
         self._tell_boot_loader(layout)
         raise report.together(self.failures)
+
+    def _stage(self, name: str, layout: ModuleType, slot: Cmdline) -> None:
+        """Do a cloud-init stage, where there are files of any, or words on the command line."""
+        if slot.safe:
+            return
+        directories = observe.STAGES[name]
+        try:
+            wanted = bool(slot.stages or observe.stage_files(SYSROOT, directories))
+        except OSError:
+            wanted = True  # the stage will meet it too, and tell
+        if not wanted:
+            return
+        from immucore import stage_boot  # imports PyYAML and half the library
+
+        # Everybody's files ask for them: [ -f /run/cos/recovery_mode ]. A boot that fails takes them back.
+        for each in layout.sentinels(slot):
+            self.kernel.write_file(each.target, each.content)
+            self.early.append(each.target)
+        if name == "rootfs":
+            self.layouts = {path: observe.text(path) for path in observe.RUN_LAYOUTS}
+        stage_boot.run(self, name, directories, slot.stages)
+        if name == "rootfs" and self.devices.all:
+            self.devices = observe.devices(self.cmdline.boot_disk)  # a step may have changed them
+
+    def _withdraw_sentinels(self) -> None:
+        for path in self.early:
+            self.kernel.remove_file(path)
+        self.early = []
+
+    def _restore_layouts(self) -> None:
+        """Leave nothing to the next slot of what the stages of this one have written for themselves."""
+        for path, content in self.layouts.items():
+            if content:
+                self.kernel.write_file(path, content)
+            else:
+                self.kernel.remove_file(path)
+        self.layouts = {}
 
     def _tell_boot_loader(self, layout: ModuleType) -> None:
         """Have another slot booted with its own kernel: when that is asked for, or none fits this kernel."""
@@ -157,6 +202,8 @@ class Boot:
 
         Also what an earlier run had mounted of it, if its root was among that.
         """
+        self._withdraw_sentinels()
+        self._restore_layouts()
         again = any(
             isinstance(step.operation, Loop) and step.outcome == linux.PRESENT for step in self.record
         )

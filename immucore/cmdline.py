@@ -41,6 +41,7 @@ class Cmdline(Record):
     no_persist: bool = False
     fallback: str = "same-boot"
     onfail: str = "shell"  # halt, reboot, or reboot:<seconds that the summary stays>
+    stages: tuple[tuple[str, str], ...] = ()  # stages.<stage>[0].<key>=…, as they are written
     init: str = ""  # what is to be run in the new root; empty: the usual
     instead_of: str = ""  # the mode that was asked for and failed, in the attempts after it
     near: str = ""  # and the partition it names: what is booted instead lies on the same disk
@@ -248,6 +249,7 @@ def parse(line: bytes) -> Cmdline:
     """
     values: dict[str, Any] = {}
     warnings: list[str] = []
+    stages: list[tuple[str, str]] = []
     readers = _readers()
     for spelled, value in words(
         line.removesuffix(b"\n")
@@ -269,11 +271,13 @@ def parse(line: bytes) -> Cmdline:
                 warnings.append(f"'{shown}' on the kernel command line cannot be read: {reason}; {instead}")
             else:
                 values[field] = (*values.get(field, ()), taken) if field in _REPEATABLE else taken
+        elif key.startswith("stages."):
+            stages.append((spelled, value or ""))
         elif native:
             warnings.append(
                 f"'{shown}' on the kernel command line is not a key of immucore and does nothing"
             )
-    return Cmdline(**values, warnings=tuple(warnings))
+    return Cmdline(**values, stages=tuple(stages), warnings=tuple(warnings))
 
 
 # What is shown of other people's command line. By name, because nobody can tell a secret by its looks.

@@ -341,6 +341,55 @@ def image_fstab(root: str) -> str:
         os.close(directory)
 
 
+def stage_files(root: str, directories: Iterable[str]) -> list[str]:
+    """List the cloud-init files of the system at `root`, directory by directory, each in the names' order.
+
+    Raises OSError for a directory that is there and cannot be read.
+    """
+    top = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return [path for directory in directories for path in _stage_files(top, directory, MAX_STAGE_DEPTH)]
+    finally:
+        os.close(top)
+
+
+def _stage_files(top: int, directory: str, depth: int) -> Iterator[str]:
+    try:
+        descriptor = syscalls.openat2(top, directory, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return
+        error.filename = directory
+        raise
+    try:
+        with os.scandir(descriptor) as entries:
+            found = sorted([(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries])
+    finally:
+        os.close(descriptor)
+    for name, is_directory in found:
+        if is_directory:
+            if depth and name not in NO_STAGES:
+                yield from _stage_files(top, f"{directory}/{name}", depth - 1)
+        elif name.endswith((".yaml", ".yml")):
+            yield f"{directory}/{name}"
+
+
+def stage_text(root: str, path: str) -> str | None:
+    """Read a cloud-init file of the system at `root`; None if it is gone. Raises MountError."""
+    directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return _root_file(directory, path)
+    finally:
+        os.close(directory)
+
+
+# The directories of cloud-init files, by the stage that looks there; nothing is on /usr/local in the first.
+STAGES = {"rootfs": ("/system/oem", "/oem"), "initramfs": ("/system/oem", "/oem", "/usr/local/cloud-config")}
+RUN_LAYOUTS = tuple(f"{RUN}/{name}-layout.env" for name in ("cos", "extra", "custom"))
+MAX_STAGE_DEPTH = 4  # of directories below each other
+NO_STAGES = ("immucore", "lost+found")  # the evidence of earlier boots; what fsck has found
+
+
 def links(root: str, paths: Iterable[str]) -> tuple[tuple[str, str], ...]:
     """Find those of `paths` that lead elsewhere in the system at `root`: (path, without symlinks)."""
     directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -242,6 +242,21 @@ class TellBootLoader(Operation):
         return f"set next_entry={self.entry} in {self.target}"
 
 
+class Stage(Operation):
+    """Do a step of a cloud-init stage; `target` is the file that asks for it."""
+
+    stage: str
+    name: str
+
+    @property
+    def loses(self) -> tuple[str, ...]:
+        """Nothing: its siblings do not suffer from it."""
+        return ()
+
+    def __str__(self) -> str:
+        return f"do '{self.name}' of stage {self.stage}"
+
+
 class Plan(Record):
     """Operations in their order, and sentences about what was asked for and is done otherwise."""
 

@@ -1,4 +1,4 @@
-"""Running other programs: fsck, a shell, what assembles devices. A healthy boot never imports this.
+"""Running other programs: fsck, a shell, what assembles devices, stages. A healthy boot never imports this.
 
 Every child of the agent starts here: PyInstaller puts the folder of its own libraries into LD_LIBRARY_PATH,
 and a child would load ours instead of the system's.
@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import termios
 import time
@@ -84,30 +85,66 @@ def run(
 
 
 class Child:
-    """A program that runs beside the agent, with nothing on its standard input."""
+    """A program that runs beside the agent, with `typed` on its standard input, or nothing.
 
-    def __init__(self, argv: Sequence[str]) -> None:
+    One that is `apart` is in a session of its own, with all that it starts.
+    """
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        *,
+        environment: Mapping[str, str] | None = None,
+        apart: bool = False,
+        typed: bytes = b"",
+    ) -> None:
         """Start it. Raises OSError."""
+        self._apart = apart
         self._output = os.memfd_create(
             argv[0], os.MFD_CLOEXEC
         )  # a pipe that nobody reads would fill and stop it
+        given = -1
         try:
+            if typed:
+                given = os.memfd_create("input", os.MFD_CLOEXEC)
+                os.pwrite(given, typed, 0)
             self._child = subprocess.Popen(
                 argv,
-                stdin=subprocess.DEVNULL,
+                stdin=given if typed else subprocess.DEVNULL,
                 stdout=self._output,
                 stderr=subprocess.STDOUT,
-                env=ENVIRONMENT,
+                env={**ENVIRONMENT, **(environment or {})},
+                start_new_session=apart,
             )
         except BaseException:
             os.close(self._output)
             raise
+        finally:
+            if given >= 0:
+                os.close(given)
 
     def finished(self) -> Finished | None:
         """Return how it ended, once; None while it runs."""
         if self._child.poll() is None:
             return None
         return self._result(self._child.returncode)
+
+    def wait(self, timeout_sec: float) -> Finished | None:
+        """Return how it ended, once; None where it has not until then."""
+        try:
+            return self._result(self._child.wait(timeout_sec))
+        except subprocess.TimeoutExpired:
+            return None
+
+    def kill(self) -> Finished:
+        """End it at once, and where it is apart, all that it has started."""
+        if self._apart:
+            with contextlib.suppress(
+                ProcessLookupError
+            ):  # its own process is not reaped yet: no other has it
+                os.killpg(self._child.pid, signal.SIGKILL)
+        self._child.kill()
+        return self._result(self._child.wait())
 
     def _result(self, status: int) -> Finished:
         size = os.fstat(self._output).st_size
@@ -126,6 +163,38 @@ class Child:
             self._child.kill()
             self._child.wait()
         return self._result(self._child.returncode)
+
+
+def run_apart(
+    argv: Sequence[str],
+    *,
+    timeout_sec: float,
+    environment: Mapping[str, str] | None = None,
+    typed: bytes = b"",
+    meanwhile: Callable[[float], None] | None = None,
+    every_sec: float = SAY_SEC,
+) -> Finished:
+    """Run somebody's command to its end, as run() does; what it leaves in the background is not waited for.
+
+    When its time is over, all that it has started is killed. Raises OSError when it cannot be started.
+    """
+    started = time.monotonic()
+    child = Child(argv, environment=environment, apart=True, typed=typed)
+    try:
+        while True:
+            taken_sec = time.monotonic() - started
+            finished = child.wait(max(0.0, min(timeout_sec - taken_sec, every_sec)))
+            if finished is not None:
+                return finished
+            if time.monotonic() - started >= timeout_sec:
+                said = child.kill().output
+                return Finished(status=TIMED_OUT, output=f"{said}\nit took longer than {timeout_sec:g} s")
+            if meanwhile is not None:
+                meanwhile(time.monotonic() - started)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            child.kill()
+        raise
 
 
 def shell(consoles: str = "/sys/class/tty/console/active") -> None:

@@ -26,6 +26,7 @@ MS = {
     "lazytime": 1 << 25,
 }  # mount(2), linux/mount.h
 MS_BIND = 4096
+MS_REC, MS_SLAVE = 1 << 14, 1 << 19
 MNT_DETACH = 2  # umount2(2)
 # asm-generic/unistd.h, the same on every architecture but alpha
 _NR_OPEN_TREE = 428
@@ -38,6 +39,7 @@ _MOUNT_ATTR_RDONLY = 1
 _MOVE_MOUNT_F_EMPTY_PATH = 4
 _OPEN_TREE_CLONE = 1
 _AT_FDCWD = -100
+_CLONE_NEWNS = 0x20000  # linux/sched.h
 _RENAME_EXCHANGE = 2  # linux/fs.h
 
 
@@ -143,6 +145,14 @@ def exchange(one: str, other: str) -> None:
     paths = os.fsencode(one), os.fsencode(other)
     if renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) < 0:
         raise _error(other)
+
+
+def leave_mounts() -> None:
+    """Give this process mounts of its own: what it mounts from now on, nobody else sees (unshare(2))."""
+    unshare = _Function(_ctypes.dlsym(_program, "unshare"))
+    if unshare(_CLONE_NEWNS) < 0:
+        raise _error("/")
+    mount("none", "/", "none", MS_REC | MS_SLAVE, "")
 
 
 def syncfs(descriptor: int) -> None:

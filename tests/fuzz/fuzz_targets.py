@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from immucore import cmdline, envfile, fstab, grubenv, observe, report, superblock
+from immucore import cmdline, documents, envfile, fstab, grubenv, observe, report, stages, superblock
 from immucore.cmdline import Cmdline
 from immucore.devices import MEMBERS, Device, Devices, describe, split
 from immucore.errors import ImmucoreError, LayoutError
@@ -156,6 +156,25 @@ def on_grubenv(data: bytes) -> None:
     assert grubenv.parse(block) == changed
 
 
+def on_stages(data: bytes) -> None:
+    """A cloud-init file: it is read, or refused with its name; so is each step, and each of its keys."""
+    try:
+        found = documents.read(data.decode("utf-8", "surrogateescape"), "x.yaml")
+    except documents.DocumentError as error:
+        _is_told(error, 0, "x.yaml")
+        return
+    for stage in ("rootfs.before", "rootfs", "initramfs"):
+        try:
+            steps = stages.steps_of(found, stage)
+        except documents.DocumentError as error:
+            _is_placed(error.message)
+            continue
+        for step in steps:
+            for problem in step.problems:
+                _is_placed(problem)
+            assert not step.broken or step.problems
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "cmdline": on_cmdline,
     "layout": on_layout,
@@ -163,7 +182,13 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "udev": on_udev,
     "superblock": on_superblock,
     "grubenv": on_grubenv,
+    "stages": on_stages,
 }
+
+
+def _is_placed(message: str) -> None:
+    assert message.startswith("x.yaml:")
+    assert len(message) < MAX_MESSAGE
 
 
 def _is_told(error: ImmucoreError, quoted: int, named: str) -> None:

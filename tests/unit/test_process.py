@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 
@@ -92,3 +93,33 @@ def test_a_child_is_ended(script: str) -> None:
 def test_a_child_that_cannot_be_started() -> None:
     with pytest.raises(FileNotFoundError):
         process.Child(["/no-such-program"])
+
+
+def test_what_a_command_leaves_in_the_background_is_not_waited_for() -> None:
+    before = time.monotonic()
+    finished = process.run_apart(("/bin/sh", "-c", "sleep 20 & echo said; exit 3"), timeout_sec=30)
+    assert time.monotonic() - before < 15
+    assert finished == process.Finished(status=3, output="said\n")
+
+
+def test_a_command_that_takes_too_long_is_killed_with_all_it_has_started(tmp_path: Path) -> None:
+    said: list[float] = []
+    script = f"(sleep 2; touch {tmp_path}/alive) & echo begun; sleep 60"
+    finished = process.run_apart(
+        ("/bin/sh", "-c", script), timeout_sec=0.6, meanwhile=said.append, every_sec=0.2
+    )
+    assert finished.status == process.TIMED_OUT
+    assert finished.output == "begun\n\nit took longer than 0.6 s"
+    assert said
+    time.sleep(2.2)
+    assert not (tmp_path / "alive").exists()
+
+
+def test_what_a_command_is_given() -> None:
+    finished = process.run_apart(
+        ("/bin/sh", "-c", 'cat; echo "$PATH $ADDED"'),
+        timeout_sec=30,
+        typed=b"in ",
+        environment={"ADDED": "x"},
+    )
+    assert finished == process.Finished(status=0, output="in /usr/sbin:/usr/bin:/sbin:/bin x\n")

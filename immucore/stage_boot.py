@@ -1,0 +1,253 @@
+"""The cloud-init stages of a boot, in a process of their own. Imported only by a boot that has stage files.
+
+Stage rootfs is done in the initramfs, stage initramfs in the new root, which the process makes its own root;
+the agent never does. What becomes of the steps comes back through a pipe.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+from immucore import documents, envfile, linux, observe, stage_steps, stages, syscalls
+from immucore.errors import ImmucoreError
+from immucore.execute import Step
+from immucore.log import DEBUG, WARNING
+from immucore.plan import IMPORTANT, SYSROOT, Plan, Stage
+from immucore.stage_tools import told
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+    from immucore.boot import Boot
+    from immucore.documents import Node
+
+ROOTFS = "rootfs"
+VISIBLE = ("/system", "/oem")  # of the new root, in the initramfs too: files of this stage name them so
+SHARED = ("/proc", "/sys", "/dev", "/run")
+GRACE_SEC = 3.0  # for what is told to stop
+MAX_CHARACTERS = 4000  # of a message
+OS_RELEASE = ("/etc/os-release", "/usr/lib/os-release")
+WORDS = "the kernel command line"
+
+
+class Stopped(BaseException):
+    """Somebody stops the agent, or the machine: no step is begun any more."""
+
+
+def run(boot: Boot, stage: str, directories: tuple[str, ...], words: tuple[tuple[str, str], ...]) -> None:
+    """Do a stage and record what became of its steps. Raises Interrupted, and nothing for what fails."""
+    if stage == ROOTFS:
+        for path in VISIBLE:
+            if not os.path.lexists(path):
+                os.symlink(SYSROOT + path, path)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(read)
+        _main(write, stage, directories, words)
+    os.close(write)
+    try:
+        take = _Taker(boot)
+        with open(read, encoding="ascii") as lines:
+            for line in lines:
+                take.message(*json.loads(line))
+        _, status = os.waitpid(child, 0)
+        child = 0
+        if status:
+            take.failed(
+                f"stage {stage}", stage, "", f"it ended with status {os.waitstatus_to_exitcode(status)}"
+            )
+    finally:
+        if child:
+            _stop(child)
+
+
+class _Taker:
+    """Takes down what the process of a stage tells."""
+
+    def __init__(self, boot: Boot) -> None:
+        self._boot = boot
+        self._began_usec = time.monotonic_ns() // 1000
+
+    def message(self, kind: str, *said: str) -> None:
+        """Take a message as _Teller sends it."""
+        if kind == "failed":
+            self.failed(*said)
+        elif kind == "done":
+            self._record(*said, outcome="done", reason="")
+        else:
+            self._boot.log.write(WARNING if kind == "warning" else DEBUG, said[0])
+
+    def failed(self, target: str, stage: str, name: str, message: str) -> None:
+        """Record what could not be done: the boot goes on, degraded."""
+        message = f"'{name}' of stage {stage}: {message}" if name else message
+        if any(step.reason == message and step.operation.target == target for step in self._boot.record):
+            return  # a file that cannot be read is told of once, not by each stage
+        self._boot.log.warning(f"{message}; the boot goes on without it")
+        self._record(target, stage, name, outcome="degraded", reason=message)
+
+    def _record(self, target: str, stage: str, name: str, *, outcome: str, reason: str) -> None:
+        operation = Stage(
+            target=target, stage=stage, name=name, why="a cloud-init file", criticality=IMPORTANT
+        )
+        now_usec = time.monotonic_ns() // 1000
+        step = Step(
+            operation=operation,
+            outcome=outcome,
+            started_usec=self._began_usec,
+            took_usec=now_usec - self._began_usec,
+            reason=reason,
+            hint=f"correct {target}" if reason else "",
+        )
+        self._began_usec = now_usec
+        self._boot.plan += Plan(operations=(operation,))
+        self._boot.record.append(step)
+
+
+def _stop(child: int) -> None:
+    """End the process of a stage, which ends what it has started, and kill it where it does not."""
+    os.kill(child, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE_SEC
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return
+        time.sleep(0.01)
+
+
+class _Teller:
+    """Tells the agent; the messages are lines of JSON."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self.failures = 0
+
+    def send(self, kind: str, *said: str) -> None:
+        """Send a message."""
+        line = json.dumps([kind, *[text[:MAX_CHARACTERS] for text in said]]).encode() + b"\n"
+        while line:
+            line = line[os.write(self._descriptor, line) :]
+
+    def debug(self, message: str) -> None:
+        """Say what only somebody who looks for a fault wants to know."""
+        self.send("debug", message)
+
+    def warning(self, message: str) -> None:
+        """Say what somebody should look into."""
+        self.send("warning", message)
+
+    def failed(self, step: stages.Step, message: str) -> None:
+        """Say what of a step could not be done."""
+        self.failures += 1
+        self.send("failed", step.place.name, step.stage, step.name, message)
+
+
+def _main(
+    descriptor: int, stage: str, directories: tuple[str, ...], words: tuple[tuple[str, str], ...]
+) -> NoReturn:
+    """Do a stage, as a child; it never returns to what the agent was about."""
+    status = 1
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _stopped)
+        teller = _Teller(descriptor)
+        try:
+            _do(teller, stage, directories, words)
+        except (ImmucoreError, OSError) as error:
+            teller.send("failed", f"stage {stage}", stage, "", f"cannot do stage {stage}: {told(error)}")
+        except Exception as error:  # noqa: BLE001  a bug too has to be told in one sentence
+            bug = f"this is a bug in immucore: {type(error).__name__}: {error}"
+            teller.send("failed", f"stage {stage}", stage, "", bug)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def _stopped(_number: int, _frame: object) -> None:
+    raise Stopped
+
+
+def _do(
+    teller: _Teller, stage: str, directories: tuple[str, ...], words: tuple[tuple[str, str], ...]
+) -> None:
+    root = SYSROOT
+    release = _os_release()
+    if stage != ROOTFS:
+        _enter_new_root(teller)
+        root = "/"
+    steps = stage_steps.Steps(teller, release, offline=stage != ROOTFS)
+    from_words, problems = stages.from_words(words) if words else ([], [])
+    read: dict[str, tuple[str, list[Node]]] = {}
+    told_already: set[str] = set()
+    for pattern in stages.SUB_STAGES:
+        sub_stage = pattern.format(stage)
+        # Looked for each time: what a step puts there counts from the next one on.
+        for path in _listed(teller, root, stage, directories):
+            try:
+                wanted = stages.steps_of(_documents(root, path, read), sub_stage)
+            except ImmucoreError as error:
+                if error.message not in told_already:
+                    told_already.add(error.message)
+                    teller.send("failed", path, sub_stage, "", error.message)
+                continue
+            _do_steps(teller, steps, wanted)
+        for problem in problems:
+            teller.send("failed", WORDS, sub_stage, "", problem)
+        problems = []
+        _do_steps(teller, steps, stages.steps_of(from_words, sub_stage))
+
+
+def _listed(teller: _Teller, root: str, stage: str, directories: tuple[str, ...]) -> list[str]:
+    found = []
+    for directory in directories:
+        try:
+            found += observe.stage_files(root, (directory,))
+        except OSError as error:
+            teller.send("failed", directory, stage, "", f"cannot look into {directory}: {error.strerror}")
+    return found
+
+
+def _documents(root: str, path: str, read: dict[str, tuple[str, list[Node]]]) -> list[Node]:
+    """Read a file, which is parsed once as long as it stays what it is."""
+    content = observe.stage_text(root, path) or ""
+    if path not in read or read[path][0] != content:
+        read[path] = content, []  # of one that cannot be read nothing is done
+        read[path] = content, documents.read(content, path)
+    return read[path][1]
+
+
+def _do_steps(teller: _Teller, steps: stage_steps.Steps, wanted: list[stages.Step]) -> None:
+    for step in wanted:
+        before = teller.failures
+        if steps.do(step) and teller.failures == before:
+            teller.send("done", step.place.name, step.stage, step.name)
+
+
+def _os_release() -> dict[str, str]:
+    """Read what the new root's system says of itself (os-release(5)); nothing where it says nothing."""
+    for path in OS_RELEASE:
+        try:
+            if content := observe.stage_text(SYSROOT, path):
+                return envfile.parse(content, path)
+        except ImmucoreError:
+            continue
+    return {}
+
+
+def _enter_new_root(teller: _Teller) -> None:
+    """Make the new root this process' own, with what a running system has in it, mounted for it alone."""
+    syscalls.leave_mounts()
+    kernel = linux.Kernel()
+    for path in SHARED:
+        try:
+            where = kernel.directory(SYSROOT + path)
+            syscalls.mount(path, where, "none", syscalls.MS_BIND | syscalls.MS_REC, "")
+        except (ImmucoreError, OSError) as error:
+            teller.warning(f"the stage has no {path}: {told(error)}")
+    os.chroot(SYSROOT)
+    os.chdir("/")
