@@ -210,9 +210,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _state(arguments: argparse.Namespace) -> int:
-    from immucore import state
+    from immucore import state, state_diff, state_reset
 
-    run = {"show": state.show, "diff": state.diff, "reset": state.reset}[arguments.action]
+    run = {"show": state.show, "diff": state_diff.diff, "reset": state_reset.reset}[arguments.action]
     try:
         return run(arguments)
     except KeyboardInterrupt:

@@ -18,23 +18,36 @@ TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    Links = dict[tuple[int, int], str]  # where a file with several links was copied to, by device and inode
-
 CHUNK_BYTES = 1 << 20
 BLOCK_BYTES = 4096  # what even the smallest file or directory takes, more or less
 _LONG = struct.calcsize("l") << 16  # linux/fs.h says long; the kernel reads and writes an int
 FS_IOC_GETFLAGS, FS_IOC_SETFLAGS = 0x80006601 | _LONG, 0x40006602 | _LONG
-IMMUTABLE, APPEND = 0x10, 0x20
+IMMUTABLE, APPEND, ENCRYPTED, CASEFOLD = 0x10, 0x20, 0x800, 0x40000000
 # Those that people set (ioctl_iflags(2)): a c d A D i j S s t T u C. The others are the file system's own.
 FLAGS = (
     0x1 | 0x2 | 0x4 | 0x8 | IMMUTABLE | APPEND | 0x40 | 0x80 | 0x4000 | 0x8000 | 0x10000 | 0x20000 | 0x800000
 )
+# Of a security policy: they are copied, and no reason to say that a file has changed.
+LABELS = ("security.selinux", "security.SMACK64", "security.ima", "security.evm")
 _NO_XATTRS = (errno.EOPNOTSUPP, errno.ENODATA, errno.EPERM)
 _NO_FLAGS = (errno.ENOTTY, errno.EOPNOTSUPP, errno.EINVAL)
 
 
-def copy(source: str, target: str, links: Links) -> None:
-    """Copy a file or a tree to `target`, which is not there yet; `links` is what was copied before.
+class Copied:
+    """What belongs together in what was copied, and what is still to be done with it."""
+
+    def __init__(self) -> None:
+        self.first: dict[tuple[int, int], str] = {}  # of a file with several links, by device and inode
+        self.immutable: list[tuple[str, int]] = []  # files, and their flags: no link can be made to one
+
+    def finish(self) -> None:
+        """Make immutable what has to be."""
+        for path, flags in self.immutable:
+            set_flags(path, flags)
+
+
+def copy(source: str, target: str, copied: Copied) -> None:
+    """Copy a file or a tree to `target`, which is not there yet; the end of it is `copied.finish()`.
 
     Modes, owners, times, extended attributes (ACLs, labels and capabilities are some), flags (chattr(1)),
     hard links, symlinks, devices and holes are kept. Raises OSError.
@@ -43,16 +56,18 @@ def copy(source: str, target: str, links: Links) -> None:
     if stat.S_ISDIR(status.st_mode):
         os.mkdir(target, 0o700)
         for name in names(source):
-            copy(f"{source}/{name}", f"{target}/{name}", links)
+            copy(f"{source}/{name}", f"{target}/{name}", copied)
         copy_all_attributes(source, target)  # last: what is put in changes the times
         return
     if status.st_nlink > 1:
-        first = links.setdefault((status.st_dev, status.st_ino), target)
+        first = copied.first.setdefault((status.st_dev, status.st_ino), target)
         if first != target and link(first, target):
             return
     if stat.S_ISREG(status.st_mode):
         flags = _copy_file(source, target, status)
-        if flags:
+        if flags & (IMMUTABLE | APPEND):
+            copied.immutable.append((target, flags))
+        elif flags:
             set_flags(target, flags)
         return
     if stat.S_ISLNK(status.st_mode):
@@ -73,16 +88,16 @@ def link(source: str, target: str) -> bool:
     return True
 
 
-def link_tree(source: str, target: str) -> None:
+def link_tree(source: str, target: str, copied: Copied) -> None:
     """Make a tree at `target`, which is not there yet, of the very files of `source`. Raises OSError."""
     if link(source, target):  # most are files, and directories cannot be linked
         return
     if not stat.S_ISDIR(os.lstat(source).st_mode):
-        copy(source, target, {})
+        copy(source, target, copied)
         return
     os.mkdir(target, 0o700)
     for name in names(source):
-        link_tree(f"{source}/{name}", f"{target}/{name}")
+        link_tree(f"{source}/{name}", f"{target}/{name}", copied)
     copy_all_attributes(source, target)
 
 
@@ -93,10 +108,12 @@ def names(directory: str) -> list[str]:
 
 
 def copy_attributes(source: str, target: str) -> None:
-    """Give `target` the owner, extended attributes, mode and times of `source`."""
+    """Give `target` the owner, xattrs, mode and times of `source`, and no xattr that it has inherited."""
     status = os.lstat(source)
     os.chown(target, status.st_uid, status.st_gid, follow_symlinks=False)
-    for name in xattrs(source):
+    given = xattrs(source)
+    _disinherit(target, given)
+    for name in given:
         _set_xattr(target, name, os.getxattr(source, name, follow_symlinks=False), follow_symlinks=False)
     if not stat.S_ISLNK(status.st_mode):
         os.chmod(target, stat.S_IMODE(status.st_mode))  # after chown(2), which takes set-user-ID away
@@ -104,10 +121,26 @@ def copy_attributes(source: str, target: str) -> None:
 
 
 def copy_all_attributes(source: str, target: str) -> None:
-    """Give a directory the flags of `source` too, which has to be the last: it may be immutable then."""
+    """Give a directory the flags of `source` too, which has to be the last: it may be immutable then.
+
+    Raises OSError for one that is encrypted or ignores case: what is in it is not what it seems to be.
+    """
     copy_attributes(source, target)
-    if flags := flags_of(source):
-        set_flags(target, flags)
+    descriptor = os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        flags = _flags(descriptor)
+    finally:
+        os.close(descriptor)
+    if flags & (ENCRYPTED | CASEFOLD):
+        raise OSError(errno.EOPNOTSUPP, "an encrypted or casefolded directory cannot be taken over", source)
+    set_flags(target, flags & FLAGS)
+
+
+def _disinherit(target: str | int, given: list[str]) -> None:
+    """Take away what a new file has of the directory that it is in, such as a default ACL (acl(5))."""
+    for name in xattrs(target):
+        if name not in given and name not in LABELS:
+            os.removexattr(target, name, follow_symlinks=isinstance(target, int))
 
 
 def _set_xattr(target: str | int, name: str, value: bytes, *, follow_symlinks: bool = True) -> None:
@@ -151,13 +184,17 @@ def flags_of(path: str) -> int:
 
 def flags_of_open(descriptor: int) -> int:
     """Return the flags of an open file."""
+    return _flags(descriptor) & FLAGS
+
+
+def _flags(descriptor: int) -> int:
     try:
         answer = fcntl.ioctl(descriptor, FS_IOC_GETFLAGS, bytes(8))
     except OSError as error:
         if error.errno in _NO_FLAGS:
             return 0
         raise
-    return int(struct.unpack_from("=i", answer)[0]) & FLAGS
+    return int(struct.unpack_from("=i", answer)[0])
 
 
 def set_flags(path: str, flags: int) -> None:
@@ -165,7 +202,8 @@ def set_flags(path: str, flags: int) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         there = struct.unpack_from("=i", fcntl.ioctl(descriptor, FS_IOC_GETFLAGS, bytes(8)))[0]
-        fcntl.ioctl(descriptor, FS_IOC_SETFLAGS, struct.pack("=i4x", there & ~FLAGS | flags))
+        if there & FLAGS != flags:
+            fcntl.ioctl(descriptor, FS_IOC_SETFLAGS, struct.pack("=i4x", there & ~FLAGS | flags))
     except OSError as error:
         if error.errno not in _NO_FLAGS:  # a file system without this flag
             raise
@@ -187,13 +225,18 @@ def _copy_file(source: str, target: str, status: os.stat_result) -> int:
             else:
                 _copy_data(read, write)
             os.chown(write, status.st_uid, status.st_gid)
-            for name in xattrs(read):
+            given = xattrs(read)
+            _disinherit(write, given)
+            for name in given:
                 _set_xattr(write, name, os.getxattr(read, name))
             os.chmod(write, stat.S_IMODE(status.st_mode))  # after chown(2), which takes set-user-ID away
             os.utime(write, ns=(status.st_atime_ns, status.st_mtime_ns))
+            flags = flags_of_open(read)
+            if flags_of_open(write) & ~flags:  # inherited: chattr +A of the directory that it is in
+                set_flags(target, 0)
+            return flags
         finally:
             os.close(write)
-        return flags_of_open(read)
     finally:
         os.close(read)
 
@@ -239,14 +282,15 @@ def _remove_one(path: str, away: Callable[[str], None]) -> None:
     try:
         away(path)
     except PermissionError:
-        for each in (path, os.path.dirname(path)):
-            if stat.S_IFMT(os.lstat(each).st_mode) in (stat.S_IFREG, stat.S_IFDIR):
-                loosen(each)
+        loosen(path)
+        loosen(os.path.dirname(path))
         away(path)
 
 
 def loosen(path: str) -> int:
-    """Let a regular file or directory be changed (chattr -ia); return the flags that it had."""
+    """Let a file be changed (chattr -ia); return the flags that it had, which only few kinds can have."""
+    if stat.S_IFMT(os.lstat(path).st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
+        return 0
     if (flags := flags_of(path)) & (IMMUTABLE | APPEND):
         set_flags(path, flags & ~(IMMUTABLE | APPEND))
     return flags
@@ -263,8 +307,14 @@ class Size(Record):
 
 
 def size(path: str, *, whole: bool = True) -> Size:
-    """Measure a file, or a directory with or without what is in it. Raises OSError."""
-    status = os.lstat(path)
+    """Measure a file, or a directory with or without what is in it; what is not there takes nothing.
+
+    Raises OSError.
+    """
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return Size(bytes=0, inodes=0)
     found = Size(bytes=-(-status.st_blocks * 512 // BLOCK_BYTES) * BLOCK_BYTES, inodes=1)
     if stat.S_ISDIR(status.st_mode):
         found = Size(bytes=BLOCK_BYTES, inodes=1)

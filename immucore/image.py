@@ -32,7 +32,6 @@ class Image(Record):
         tuple[str, str], ...
     ] = ()  # paths that lead elsewhere in the image: (path, without symlinks)
     selinux: bool = False  # the kernel has it switched on
-    tmp_label: str = ""  # SELinux' of the image's /tmp, if it is on
     identity: str = ""  # of the file that holds it: another one may hold other files. Empty: not known
 
     def real(self, path: str) -> str:

@@ -233,6 +233,8 @@ class Kernel:
 
         from immucore import statedir  # an image that is not new needs neither
 
+        with contextlib.suppress(FileNotFoundError):
+            statedir.refuse_what_is_in_use(where, self.path(source))
         with contextlib.ExitStack() as opened:
             given = self._of_image(source, opened) or self.directory(source)
             outcome = statedir.follow(given, where, image)
@@ -291,10 +293,10 @@ class Kernel:
         if _machine_id(self._text(target)):
             return PRESENT
         kept = _machine_id(self._text(source))
+        self.write_file(target, f"{kept or observe.text(RANDOM_UUID).strip().replace('-', '')}\n")
         if not kept:
-            kept = observe.text(RANDOM_UUID).strip().replace("-", "")
-            self.write_file(source, f"{kept}\n")
-        self.write_file(target, f"{kept}\n")
+            self.write_file(source, self._text(target))
+            files.fsync(self.path(source))
         return DONE
 
     def extensions(self, target: str, source: str, sets: tuple[str, ...], spared: tuple[str, ...]) -> str:
@@ -471,16 +473,19 @@ def _machine_id(text: str) -> str:
 
 
 def _is_of(directory: str, image: str) -> bool:
-    """Tell whether what a directory of the state keeps was brought there by this image, or followed it."""
-    head = manifest_head(image)
+    """Tell whether what a directory of the state keeps was brought there by this image, or followed it.
+
+    Not where a boot was cut off, nor where its manifest cannot be read: that is looked into then.
+    """
+    head, manifest = manifest_head(image), f"{directory.removesuffix('.bind')}.manifest"
     try:
-        manifest = os.open(f"{directory.removesuffix('.bind')}.manifest", os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
+        descriptor = os.open(manifest, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            return os.read(descriptor, len(head)) == head and not os.path.lexists(f"{manifest}.new")
+        finally:
+            os.close(descriptor)
+    except OSError:
         return False
-    try:
-        return os.read(manifest, len(head)) == head
-    finally:
-        os.close(manifest)
 
 
 def _same_source(there: MountPoint, source: str) -> bool:

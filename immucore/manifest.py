@@ -12,6 +12,7 @@ import binascii
 import itertools
 import json
 import os
+import stat
 
 # The function that json itself quotes strings with: most lines are written without the rest of it.
 from _json import encode_basestring_ascii as quote
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     Json = list[object] | dict[str, object] | str | int | None
 
 _END = b"null\n"  # after the last directory
-MAX_LINE_BYTES = 1 << 24  # the last line lists the conflicts
+MAX_LINE_BYTES = 1 << 20  # a symlink and some extended attributes of 64 KiB
 
 
 class Memory(Record):
@@ -47,8 +48,11 @@ class Reader:
     """A manifest that is read once, from its beginning to its end. Raises ValueError and OSError."""
 
     def __init__(self, path: str) -> None:
-        self._file: BinaryIO = open(path, "rb")  # noqa: SIM115  closed by close()
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        self._file: BinaryIO = open(os.open(path, flags), "rb")  # noqa: SIM115  closed by close()
         try:
+            if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
+                raise ValueError("it is no file")
             match self._line():
                 case {"image": str(image)}:
                     self.image = image
@@ -87,9 +91,29 @@ class Reader:
 
     def memory(self) -> Memory:
         """Read on to the end, and give what else is remembered."""
-        while not isinstance(self._next, dict):
+        while self._next is not None:
             self._next = self._line()
-        return _memory(self._next)
+        conflicts: list[Conflict] = []
+        left: dict[str, dict[str, Entry | None]] = {}
+        while isinstance(line := self._line(), list):
+            match line:
+                case ["conflict", str(path), ours, theirs]:
+                    conflicts.append(Conflict(path=path, ours=_optional(ours), theirs=_optional(theirs)))
+                case ["left", str(image)]:
+                    left[image] = {}
+                case ["left", str(image), str(path), entry]:
+                    left.setdefault(image, {})[path] = _optional(entry)
+                case _:
+                    raise ValueError(f"{line!r:.100} is nothing to remember")
+        match line:
+            case {"inode": int(inode), "adopted": bool(adopted)}:
+                return Memory(
+                    inode=inode,
+                    adopted=adopted,
+                    conflicts=tuple(conflicts),
+                    left=tuple((image, tuple(files.items())) for image, files in left.items()),
+                )
+        raise ValueError(f"{line!r:.100} is no last line")
 
     def lines(self) -> Iterator[bytes]:
         """Give the lines of the directories, but for the first, as they are."""
@@ -97,7 +121,10 @@ class Reader:
             yield line
 
     def _line(self) -> Json:
-        found: Json = json.loads(self._raw())
+        try:
+            found: Json = json.loads(self._raw())
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
         return found
 
     def _raw(self) -> bytes:
@@ -147,17 +174,14 @@ class Writer:
         self._file.flush()
 
     def finish(self, memory: Memory) -> None:
-        """Write the last line, and all of it to the disk."""
-        self._write(
-            {
-                "inode": memory.inode,
-                "adopted": memory.adopted,
-                "conflicts": [[c.path, _shown(c.ours), _shown(c.theirs)] for c in memory.conflicts],
-                "left": {
-                    image: {path: _shown(entry) for path, entry in files} for image, files in memory.left
-                },
-            }
-        )
+        """Write what is to be remembered, the last line, and all of it to the disk."""
+        for each in memory.conflicts:
+            self._write(["conflict", each.path, _shown(each.ours), _shown(each.theirs)])
+        for image, files in memory.left:
+            self._write(["left", image])
+            for path, entry in files:
+                self._write(["left", image, path, _shown(entry)])
+        self._write({"inode": memory.inode, "adopted": memory.adopted})
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -241,33 +265,3 @@ def _entry(shown: object) -> Entry:
 
 def _optional(shown: object) -> Entry | None:
     return None if shown is None else _entry(shown)
-
-
-def _memory(line: Json) -> Memory:
-    match line:
-        case {
-            "inode": int(inode),
-            "adopted": bool(adopted),
-            "conflicts": list(conflicts),
-            "left": dict(left),
-        }:
-            return Memory(
-                inode=inode,
-                adopted=adopted,
-                conflicts=tuple(map(_conflict, conflicts)),
-                left=tuple((image, _files(files)) for image, files in left.items()),
-            )
-    raise ValueError(f"{line!r:.100} is no last line")
-
-
-def _conflict(shown: object) -> Conflict:
-    match shown:
-        case [str(path), ours, theirs]:
-            return Conflict(path=path, ours=_optional(ours), theirs=_optional(theirs))
-    raise ValueError(f"{shown!r:.100} is no conflict")
-
-
-def _files(shown: object) -> tuple[tuple[str, Entry | None], ...]:
-    if not isinstance(shown, dict):
-        raise ValueError(f"{shown!r:.100} is no list of files")
-    return tuple((path, _optional(entry)) for path, entry in shown.items())

@@ -190,8 +190,8 @@ class Merge:
 
     def _note(self, path: str, old: Entry | None, ours: Entry | None, theirs: Entry | None) -> None:
         """Note what the image has another version of than before, and somebody too."""
-        if old == theirs:
-            return
+        if (old.alone if old else None) == (theirs.alone if theirs else None):
+            return  # what else it is linked to is nothing that somebody could have changed
         if ours != (old.alone if old else None):
             self.diverged[path] = ours
         if ours != (theirs.alone if theirs else None) and not self._is_mine(path, ours):

@@ -290,7 +290,6 @@ def image(root: str, run: str = RUN, *, lenient: bool = False) -> Image:
             mounts_tmp=any(_exists(directory, path) for path in TMP_MOUNT),
             warnings=tuple(warnings),
             selinux=os.path.isdir(SELINUX),
-            tmp_label=_label(root, "tmp") if os.path.isdir(SELINUX) else "",
         )
     finally:
         os.close(directory)
@@ -322,14 +321,6 @@ def identity(root: str, path: str) -> str:
         os.close(descriptor)
     known = head + deeper + f"{status.st_size} {status.st_mtime_ns}".encode()
     return blake2b(known, digest_size=16).hexdigest()
-
-
-def _label(root: str, path: str) -> str:
-    try:
-        value = os.getxattr(f"{root}/{path}", "security.selinux", follow_symlinks=False)
-    except OSError:
-        return ""
-    return value.rstrip(b"\0").decode("utf-8", "surrogateescape")
 
 
 def image_fstab(root: str) -> str:

@@ -19,10 +19,11 @@ import errno
 import os
 import sys
 
-from immucore import files, manifest, syscalls
+from immucore import files, manifest, observe, syscalls
 from immucore.errors import MakeshiftError, MountError
 from immucore.manifest import Memory
 from immucore.merge import Conflict, Decision, Drop, Entry, Keep, Merge, Take
+from immucore.plan import is_below
 from immucore.tree import Tree
 from immucore.values import Record
 
@@ -35,6 +36,12 @@ REMEMBERED = 4  # images that have left: both slots' and a few before them
 RECURSION_LIMIT = 10_000  # a path (PATH_MAX) is at most 2047 directories deep
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _HINT = "free space on the file system that holds it"
+_LOOK = "look at what the kernel says: dmesg | tail"
+_HINTS = {
+    errno.EXDEV: "it has another file system or a subvolume in it: move that elsewhere",
+    errno.ENAMETOOLONG: "a path in it is longer than 4095 bytes: move what is there further up",
+    errno.EOPNOTSUPP: "it has an encrypted or casefolded directory in it: move that elsewhere",
+}
 
 
 class Outcome(Record):
@@ -56,6 +63,22 @@ def manifest_of(directory: str) -> str:
     return f"{directory.removesuffix(SUFFIX)}.manifest"
 
 
+def refuse_what_is_in_use(directory: str, mounted: str) -> None:
+    """Raise MakeshiftError for a directory that is bound already, or in which something is mounted.
+
+    As after a boot that failed further on and is repaired: what is mounted would be taken for what is kept,
+    or stay on the old state.
+    """
+    if not os.path.isdir(directory):
+        return
+    bound = os.path.isdir(mounted) and os.path.samefile(mounted, directory)
+    if bound or any(is_below(mount.target, directory) for mount in observe.mounts()):
+        raise MakeshiftError(
+            f"cannot bring '{directory}' to what this image gives: it is in use",
+            hint="restart: the next boot does it",
+        )
+
+
 def follow(source: str, directory: str, image: str) -> Outcome:
     """Have a directory of the state follow what the image of that identity gives at `source`.
 
@@ -65,13 +88,9 @@ def follow(source: str, directory: str, image: str) -> Outcome:
     exists = os.path.isdir(directory) and not os.path.islink(directory)
     step = _Step(source, directory, image)
     try:
-        if exists and os.path.samefile(source, directory):
-            raise MakeshiftError(
-                f"cannot bring '{directory}' to what this image gives: it is in use",
-                hint="restart: the next boot does it",
-            )
-        if step.recover():
-            return Outcome(done="finished")
+        finished = step.recover()
+        if finished is not None:
+            return Outcome(done="finished", conflicts=finished)
         if not exists:
             return step.seed()
         try:
@@ -85,9 +104,14 @@ def follow(source: str, directory: str, image: str) -> Outcome:
     except OSError as error:
         reason = step.give_up(error)
         if exists:
+            if step.exchanged:
+                raise MakeshiftError(
+                    f"cannot remove what '{directory}' was before it followed this image: {reason}",
+                    hint=_LOOK,
+                ) from None
             raise MakeshiftError(
                 f"cannot bring '{directory}' to what this image gives: {reason}; it stays as it was",
-                hint=_HINT if error.errno in _FULL else "look at what the kernel says: dmesg | tail",
+                hint=_HINT if error.errno in _FULL else _HINTS.get(error.errno or 0, _LOOK),
             ) from None
         if error.errno in _FULL:
             raise MountError(f"cannot seed '{directory}': {reason}", hint=_HINT) from None
@@ -105,33 +129,39 @@ class _Step:
         self.next_manifest = f"{self.manifest}.new"
         self.lacks = ""  # how much space, where that is what is wrong
         self.taken = self.dropped = 0
+        self.exchanged = False
 
-    def recover(self) -> bool:
-        """Take up what a boot that was cut off has left; tell whether that was all there was to do."""
+    def recover(self) -> tuple[Conflict, ...] | None:
+        """Take up what a boot that was cut off has left; give the conflicts if that was all to be done."""
         try:
             with manifest.Reader(self.next_manifest) as new:
-                image, done = new.image, new.memory().inode == os.lstat(self.directory).st_ino
+                image, memory = new.image, new.memory()
+            done = memory.inode == os.lstat(self.directory).st_ino
         except (FileNotFoundError, ValueError):
-            image, done = "", False
+            done = False
         if done:
             self._settle()
-            return image == self.image
+            return memory.conflicts if image == self.image else None
         files.remove(self.growing)
         files.remove(self.next_manifest)
-        return False
+        return None
 
     def give_up(self, error: OSError) -> str:
-        """Remove what was begun, unless it has taken effect; say what was wrong."""
+        """Remove what was begun, unless it has taken effect; say what was wrong and how it is now."""
         with contextlib.suppress(OSError):  # the next boot tries again
             self.recover()
-        return f"{error.strerror or error}{self.lacks}"
+        if error.errno in _FULL and not self.lacks:
+            self._measure(error, files.size(self.manifest), files.free(self.parent))
+        what = f" ({error.filename})" if error.errno in _HINTS and error.filename else ""
+        return f"{error.strerror or error}{self.lacks}{what}"
 
     def seed(self) -> Outcome:
         """Copy what the image gives."""
         with manifest.write(self.next_manifest, self.image, Tree(self.source)) as writer:
-            free = files.free(self.parent)
+            free, copied = files.free(self.parent), files.Copied()
             try:
-                files.copy(self.source, self.growing, {})
+                files.copy(self.source, self.growing, copied)
+                copied.finish()
             except OSError as error:
                 self._measure(error, files.size(self.source), free)
                 raise
@@ -157,7 +187,7 @@ class _Step:
         """Take over what has changed in the image and was not touched here."""
         with manifest.Reader(self.manifest) as old:
             earlier, memory = old.image, old.memory()
-        left = {image: what for image, what in memory.left if image not in (self.image, earlier)}
+        left = {image: dict(what) for image, what in memory.left if image not in (self.image, earlier)}
         mine = dict(dict(memory.left).get(self.image, ()))
         conflicts, inode = memory.conflicts, os.lstat(self.directory).st_ino
         with manifest.write(self.next_manifest, self.image, Tree(self.source)) as writer:
@@ -166,18 +196,23 @@ class _Step:
                 if self.taken or self.dropped:
                     inode = os.lstat(self.growing).st_ino
                 conflicts = tuple(sorted(merge.conflicts, key=lambda each: each.path))
-                left[earlier] = tuple(sorted(merge.diverged.items()))
+                # What is somebody's here was so in the images before, where they are the same as this.
+                left = {image: {**merge.diverged, **dict(what)} for image, what in left.items()}
+                left[earlier] = merge.diverged
             writer.finish(
                 Memory(
                     inode=inode,
                     conflicts=conflicts,
                     adopted=memory.adopted,
-                    left=tuple(left.items())[-REMEMBERED:],
+                    left=tuple((image, tuple(sorted(what.items()))) for image, what in left.items())[
+                        -REMEMBERED:
+                    ],
                 )
             )
         if self.taken or self.dropped:
             files.sync_file_system(self.parent)
             syscalls.exchange(self.growing, self.directory)
+            self.exchanged = True
         self._settle()
         return Outcome(done="merged", taken=self.taken, dropped=self.dropped, conflicts=conflicts)
 
@@ -199,7 +234,7 @@ class _Step:
         With a full disk the rest is only looked at, to say how much is missing.
         """
         made: set[str] = set()  # directories that are not complete: no more than a path is deep
-        links: files.Links = {}
+        copied = files.Copied()
         needed, free = files.Size(bytes=0, inodes=0), files.free(self.parent)
         full: OSError | None = None
         for decision in merge:
@@ -213,7 +248,7 @@ class _Step:
                 needed += files.size(origin, whole=decision.whole)
             if full is None:
                 try:
-                    self._put(decision, origin, made, links)
+                    self._put(decision, origin, made, copied)
                 except OSError as error:
                     if error.errno not in _FULL:
                         raise
@@ -221,8 +256,9 @@ class _Step:
         if full is not None:
             self._measure(full, needed, free)
             raise full
+        copied.finish()
 
-    def _put(self, decision: Decision, origin: str, made: set[str], links: files.Links) -> None:
+    def _put(self, decision: Decision, origin: str, made: set[str], copied: files.Copied) -> None:
         path, place = decision.path, _join(self.growing, decision.path)
         if not decision.whole:  # a directory whose content is complete now
             _make(self.growing, path, made)
@@ -231,9 +267,9 @@ class _Step:
             return
         _make(self.growing, path.rpartition("/")[0], made)
         if isinstance(decision, Keep):
-            files.link_tree(origin, place)
+            files.link_tree(origin, place, copied)
         else:
-            files.copy(origin, place, links)
+            files.copy(origin, place, copied)
 
     def _measure(self, error: OSError, needed: files.Size, free: files.Size) -> None:
         if error.errno in _FULL:

@@ -25,7 +25,6 @@ _KINDS = {
     stat.S_IFCHR: "character",
     stat.S_IFBLK: "block",
 }
-_LABELS = ("security.selinux", "security.SMACK64", "security.ima", "security.evm")
 _CHUNK_BYTES = 1 << 16  # what is hashed at once; a hole of this size is not
 _ZEROS = bytes(_CHUNK_BYTES)
 _DIGEST_BYTES = 20
@@ -84,7 +83,7 @@ class Tree:
             xattrs=tuple(
                 (name, os.getxattr(place, name, follow_symlinks=False))
                 for name in sorted(files.xattrs(place))
-                if name not in _LABELS
+                if name not in files.LABELS
             ),
             link=link,
         )

@@ -154,10 +154,11 @@ def test_upgrade_and_rollback(machine: Callable[..., Machine], cos_disk: Callabl
     assert lines(first.output(SHOW)) == column(0)
     assert lines(second.output(SHOW)) == merged()
     assert lines(third.output(SHOW)) == column(1)
+    before, ours, theirs = column(0), column(1), column(2)
     both = {
         f"/srv/table/{name}"
-        for name, (before, ours, theirs) in TABLE.items()
-        if before not in (ours, theirs) and ours != theirs
+        for name in TABLE
+        if before.get(name) not in (ours.get(name), theirs.get(name)) and ours.get(name) != theirs.get(name)
     }
     assert {path for path in second.result["conflicts"] if not path.endswith("/inner")} == both
     assert "/usr/local/.state/srv-table.manifest" in second.files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -25,6 +26,7 @@ from immucore.merge import Conflict, Entry
 from immucore.statedir import follow
 from immucore.tree import Tree as RealTree
 
+FS_IOC_SET_ENCRYPTION_POLICY = 0x800C6613  # linux/fscrypt.h
 REPOSITORY = str(Path(__file__).parents[2])
 # The system calls that change a file system: what is between two of them is one state.
 CHANGING = (
@@ -294,17 +296,192 @@ def test_adopts_what_is_there(machine: Machine) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"nonsense\n", b'{"image": "one"}\n', b'{"image": "one"}\n["directory"]\n"x"\n', b"\xff\n[]\n"],
+    [
+        b"",
+        b"nonsense\n",
+        b"[" * 100_000 + b"\n",
+        b'{"image": "one"}\n',
+        b'{"image": "one"}\n["directory"]\n"x"\n',
+        b"\xff\n[]\n",
+    ],
 )
 def test_a_manifest_that_is_none(machine: Machine, content: bytes) -> None:
-    """Nothing that is there is given up because of it."""
+    """Nothing that is there is given up because of it, nor because of one that was being written."""
     put(machine.image, tree(a="file one"))
     machine.boot()
     (machine.kept / "a").write_text("mine")
     (machine.state / "etc.manifest").write_bytes(content)
+    (machine.state / "etc.manifest.new").write_bytes(content)
     (machine.image / "a").write_text("two")
     assert machine.boot("two").done == "adopted"
     assert (machine.kept / "a").read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["directory", "loop", "fifo"])
+def test_a_manifest_that_is_no_file(machine: Machine, kind: str) -> None:
+    """The old state stays, in a degraded boot that does not hang."""
+    put(machine.image, tree(a="file one"))
+    machine.boot()
+    place = machine.state / "etc.manifest"
+    place.unlink()
+    match kind:
+        case "directory":
+            (place / "x").mkdir(parents=True)
+        case "loop":
+            place.symlink_to(place)
+        case "fifo":
+            os.mkfifo(place)
+    kernel = Kernel(root=str(machine.state.parent))
+    try:
+        assert kernel.seed(str(machine.image), str(machine.kept), "one") == DONE
+    except MakeshiftError:
+        assert kind in ("directory", "loop")
+    assert found(machine.kept) == tree(a="file one")
+
+
+def test_more_conflicts_than_fit_into_a_line(machine: Machine) -> None:
+    conflict = Conflict(path="x" * 200, ours=None, theirs=None)
+    many = tuple(conflict.replace(path=f"{number}{conflict.path}") for number in range(10_000))
+    root = RealTree(str(machine.image))
+    with manifest.write(f"{machine.state}/m", "one", root) as writer:
+        writer.finish(manifest.Memory(inode=1, conflicts=many, left=(("a", (("x", root.root),)), ("b", ()))))
+    with manifest.Reader(f"{machine.state}/m") as reader:
+        memory = reader.memory()
+    assert memory.conflicts == many
+    assert memory.left == (("a", (("x", root.root),)), ("b", ()))
+
+
+@isolated(user=False)
+def test_what_is_inherited_is_no_change(tmp_path: Path) -> None:
+    """A default ACL and chattr +A of the directory that keeps the state get into nothing."""
+    machine = Machine(tmp_path / "machine")
+    native.command("setfacl", "-d", "-m", "u:1000:rwx", machine.state)
+    native.command("chattr", "+A", machine.state)
+    put(machine.image, tree(a="file one", d__b="file one", d__link="symlink"))
+    machine.boot()
+    assert described(machine.kept) == described(machine.image)
+    assert flags(machine.kept) == flags(machine.image)
+    (machine.image / "d/b").write_text("two")
+    (machine.image / "e").mkdir()
+    assert machine.boot("two").conflicts == ()
+    assert {path: each["xattrs"] for path, each in described(machine.kept).items()} == {  # type: ignore[index]
+        path: each["xattrs"]
+        for path, each in described(machine.image).items()  # type: ignore[index]
+    }
+    assert not {*flags(machine.kept).values()} - {0}
+
+
+@isolated(user=False)
+def test_links_of_what_is_immutable(tmp_path: Path) -> None:
+    machine = Machine(tmp_path / "machine")
+    put(machine.image, tree(a="file one", other="file one"))
+    os.link(machine.image / "a", machine.image / "b")
+    native.command("chattr", "+i", machine.image / "a")
+    machine.boot()
+    assert (machine.kept / "a").samefile(machine.kept / "b")
+    assert flags(machine.kept)["a"] & files.IMMUTABLE
+    (machine.image / "other").write_text("two")
+    machine.boot("two")
+    assert (machine.kept / "a").samefile(machine.kept / "b")
+    assert flags(machine.kept)["b"] & files.IMMUTABLE
+    files.remove(str(machine.state))
+    files.remove(str(machine.image))
+
+
+@isolated(user=False)
+def test_an_encrypted_directory_is_left_alone(tmp_path: Path) -> None:
+    """Without its key nothing in it has its name: it must not be linked to another directory."""
+    machine = Machine(tmp_path / "machine")
+    disk = tmp_path / "disk"
+    native.command("truncate", "-s", "16M", disk)
+    native.command("mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-O", "encrypt", disk)
+    native.command("mount", "-o", "loop", disk, machine.state)
+    shutil.rmtree(machine.state / "lost+found")
+    put(machine.image, tree(a="file one"))
+    machine.boot()
+    secret = machine.kept / "secret"
+    secret.mkdir()
+    descriptor = os.open(secret, os.O_RDONLY)
+    policy = bytes((0, 1, 4, 0)) + b"descript"  # struct fscrypt_policy_v1: AES-256-XTS, AES-256-CTS
+    fcntl.ioctl(descriptor, FS_IOC_SET_ENCRYPTION_POLICY, policy)
+    os.close(descriptor)
+    (machine.image / "a").write_text("two")
+    with pytest.raises(MakeshiftError, match="encrypted or casefolded") as told:
+        machine.boot("two")
+    assert "secret" in str(told.value)
+    assert (machine.kept / "a").read_text() == "one"
+
+
+def test_the_other_image_after_a_cut(machine: Machine, tmp_path: Path) -> None:
+    """Cut off between the exchange and its end, and then the image of before is booted."""
+    one, two = tree(a="file one"), tree(a="file two")
+    put(machine.image, one)
+    machine.boot("one")
+    replace(machine.image, two)
+    assert not cut_off(machine, "two", "rename", 1)
+    assert found(machine.kept) == two
+    replace(machine.image, one)
+    kernel = Kernel(root=str(machine.state.parent))
+    assert kernel.seed(str(machine.image), str(machine.kept), "one") == DONE
+    assert found(machine.kept) == one
+    assert sorted(os.listdir(machine.state)) == ["etc.bind", "etc.manifest"]
+
+
+def test_what_is_finished_tells_its_conflicts(machine: Machine) -> None:
+    put(machine.image, tree(a="file one", b="file one"))
+    machine.boot()
+    (machine.kept / "a").write_text("mine")
+    replace(machine.image, tree(a="file two", b="file two"))
+    assert not cut_off(machine, "two", "rename", 1)
+    done = machine.boot("two")
+    assert done.done == "finished"
+    assert [each.path for each in done.conflicts] == ["a"]
+
+
+def test_over_two_other_images_and_back(machine: Machine) -> None:
+    """What was deleted stays so, also where only the second of the others does not have it."""
+    one = tree(x="file one", p="file one")
+    put(machine.image, one)
+    machine.boot("one")
+    (machine.kept / "x").unlink()
+    for name, image in (
+        ("two", tree(x="file one", p="file two")),
+        ("three", tree(p="file three")),
+        ("one", one),
+    ):
+        replace(machine.image, image)
+        machine.boot(name)
+    assert found(machine.kept) == tree(p="file one")
+
+
+@isolated(user=False)
+def test_a_full_disk_says_what_is_missing_also_at_once(tmp_path: Path) -> None:
+    machine = Machine(tmp_path / "machine")
+    Kernel(root=str(tmp_path)).mount("state", str(machine.state), "tmpfs", ("size=1m",))
+    put(machine.image, tree(a="file one"))
+    machine.boot()
+    with pytest.raises(OSError, match="No space left"):
+        (machine.state / "filler").write_bytes(bytes(2 << 20))
+    (machine.image / "a").write_text("two")
+    with pytest.raises(MakeshiftError, match=r"No space left on device: [0-9]+ KiB more are needed"):
+        follow(str(machine.image), str(machine.kept), "two")
+    assert (machine.kept / "a").read_text() == "one"
+
+
+@isolated(user=False)
+def test_what_is_in_use_waits_for_the_next_boot(tmp_path: Path) -> None:
+    """A second run of the agent, over what the first has bound and mounted."""
+    machine = Machine(tmp_path / "machine")
+    kernel = Kernel(root=str(tmp_path / "machine"))
+    put(machine.image, tree(same="file one", d__f="file one"))
+    kept, source = str(machine.kept), str(machine.image)
+    assert kernel.seed(source, kept, "one") == DONE
+    for bound in (source, f"{kept}/d"):
+        kernel.bind(kept if bound == source else f"{source}/d", bound)
+        with pytest.raises(MakeshiftError, match="it is in use"):
+            kernel.seed(source, kept, "two")
+        native.command("umount", bound)
+    assert kernel.seed(source, kept, "two") == DONE
 
 
 @pytest.mark.parametrize("name", ["..", "../../outside", "", "a/b", "/etc/passwd"])
@@ -386,7 +563,7 @@ def cut_off(machine: Machine, image: str, call: str, when: int) -> bool:
     """Kill a step at a call of the system; tell whether there was none."""
     command = ["strace", "--quiet=all", "--output=/dev/null", "-e", f"trace={call}"]
     command += ["-e", f"inject={call}:signal=SIGKILL:when={when}", sys.executable]
-    command += ["-I", "-c", f"import sys; sys.path.insert(0, {REPOSITORY!r}); {STEP}"]
+    command += ["-I", "-B", "-c", f"import sys; sys.path.insert(0, {REPOSITORY!r}); {STEP}"]
     ran = subprocess.run([*command, str(machine.image), str(machine.kept), image], check=False, timeout=60)
     assert ran.returncode in (0, -9)
     return ran.returncode == 0

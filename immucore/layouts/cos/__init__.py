@@ -462,15 +462,8 @@ def _tmp(image: Image, taken: set[str]) -> dict[str, tuple[Operation, ...]]:
         source="tmpfs",
         target=SYSROOT + target,
         fstype="tmpfs",
-        options=("mode=1777", "nosuid", "nodev", *_root_context(image.tmp_label)),
+        options=("mode=1777", "nosuid", "nodev"),
         why=f"{target} has to be writable (the default)",
         criticality=IMPORTANT,
     )
     return {target: (mount,)}
-
-
-def _root_context(label: str) -> tuple[str, ...]:
-    """Give the option that labels the root of a tmpfs (mount(8)): SELinux reads no label from memory."""
-    if not label or '"' in label:
-        return ()
-    return (f'rootcontext="{label}"' if "," in label else f"rootcontext={label}",)

@@ -28,7 +28,7 @@ MACHINE_ID = "/etc/machine-id"
 SAVED_MACHINE_ID = "/usr/local/etc/machine-id"  # where cos-toolkit's and Kairos' cloud-init files keep it
 EXTENSIONS = "/var/lib/kairos"  # as Kairos has them: {extensions,confexts}/{active,passive,recovery,common}
 RELABEL = "/run/systemd/relabel-extra.d/immucore.relabel"
-OURS = ("/run/cos", "/run/elemental", "/run/immucore")
+OURS = ("/tmp", "/run/cos", "/run/elemental", "/run/immucore")  # noqa: S108  of the new root
 
 
 def furnish(cmdline: Cmdline, image: Image, settings: Settings) -> tuple[Operation, ...]:
@@ -64,7 +64,8 @@ def furnish(cmdline: Cmdline, image: Image, settings: Settings) -> tuple[Operati
             )
         )
     if image.selinux:
-        # What is in memory has no label that the policy, which is loaded later, would read from it.
+        # What is in memory has no label that the policy, which is loaded later, would read from it, and
+        # before it is loaded the kernel refuses rootcontext= (security/selinux/hooks.c).
         lines = "".join(f"{path}\n" for path in (*settings.ephemeral, *OURS))
         why = "SELinux is on, and what the agent makes in memory has to be labelled (selinux(8))"
         operations.append(WriteFile(target=RELABEL, content=lines, why=why, criticality=IMPORTANT))

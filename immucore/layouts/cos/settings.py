@@ -276,7 +276,7 @@ class _Lists:
         own = self._image.setting(custom)
         settings = [*self._image.lists(name), *([own] if own else []), *self._image.additions(custom)]
         lists = [(setting.value.split(), setting.why) for setting in settings]
-        if _only_removes([(setting.value.split(), setting.why) for setting in settings if not setting.adds]):
+        if _only_removes([(s.value.split(), s.why) for s in self._image.lists(name) if not s.adds]):
             lists.insert(0, (default.split(), f"{name} (the default)"))
         found: dict[str, Listed] = {}
         for words, why in lists:

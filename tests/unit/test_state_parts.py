@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from immucore import cli, state
+from immucore import cli, state, state_changes, state_diff, state_paths
 from immucore.errors import CmdlineError
 from immucore.merge import Entry
-from immucore.state import Kept
+from immucore.state_paths import Kept
 
+ETC = Kept(path="/etc", place="/x", overlay=False)
 FILE = Entry(kind="file", mode=0o644, uid=0, gid=0, content="2 ab")
 STATE = "/sysroot/usr/local/.state"
 
@@ -38,7 +39,7 @@ def bound(outcome: str = "done", reason: str = "", seeded: str = "") -> list[dic
 
 
 def paths(*steps: object) -> list[Kept]:
-    return state.persistent({"steps": [*steps]})
+    return state_paths.persistent({"steps": [*steps]})
 
 
 def test_the_persistent_paths_of_a_boot() -> None:
@@ -82,8 +83,8 @@ def test_a_record_that_leads_elsewhere(place: object) -> None:
     )
 )
 def test_a_record_of_any_shape(value: object) -> None:
-    assert state.persistent({"steps": value}) == []
-    assert state.persistent({"steps": [{"operation": value}]}) == []
+    assert state_paths.persistent({"steps": value}) == []
+    assert state_paths.persistent({"steps": [{"operation": value}]}) == []
 
 
 @pytest.mark.parametrize(
@@ -120,14 +121,9 @@ def test_somebody_interrupts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 
 def test_names_on_a_terminal() -> None:
-    assert state.shown("a\nb\x1b[0m\udcff\u202eü") == "a\\u000ab\\u001b[0m\\udcff\\u202eü"
-    kept = Kept(path="/etc", place="/x", overlay=False)
-    assert state._whole(kept, "") == "/etc"
-    assert state._whole(kept, "a", "directory") == "/etc/a/"
-
-
-class Named:
-    kept = Kept(path="/etc", place="/x", overlay=False)
+    assert state_paths.shown("a\nb\x1b[0m\udcff\u202eü") == "a\\u000ab\\u001b[0m\\udcff\\u202eü"
+    assert ETC.shown() == "/etc"
+    assert ETC.shown("a", "directory") == "/etc/a/"
 
 
 @pytest.mark.parametrize(
@@ -135,7 +131,7 @@ class Named:
     [("/etc", ""), ("/etc/a/b", "a/b"), ("/etc/a/", "a"), ("a/b", "a/b"), ("..a", "..a"), ("a\nb", "a\nb")],
 )
 def test_a_name_that_is_taken(named: str, path: str) -> None:
-    assert state._place(Named, named) == path  # type: ignore[arg-type]
+    assert ETC.below(named) == path
 
 
 @pytest.mark.parametrize(
@@ -143,36 +139,47 @@ def test_a_name_that_is_taken(named: str, path: str) -> None:
 )
 def test_a_name_that_leads_elsewhere(named: str) -> None:
     with pytest.raises(CmdlineError):
-        state._place(Named, named)  # type: ignore[arg-type]
+        ETC.below(named)
 
 
 def test_differences_in_words() -> None:
     other = FILE.replace(
         mode=0o4755, uid=1, gid=2, flags=0x10, xattrs=(("user.a", b"\0x"), ("user.b", b"y" * 200))
     )
-    found = {what: (image, here) for what, image, here in state._attributes(FILE, other)}
+    found = {what: (image, here) for what, image, here in state_diff._attributes(FILE, other)}
     assert found["mode"] == ("0644", "4755")
     assert found["owner"] == ("0:0", "1:2")
     assert found["flags (chattr)"] == ("0x0", "0x10")
     assert found["attribute user.a"] == ("none", "'\\x00x'")
     assert found["attribute user.b"][1].endswith("... (200 bytes)")
-    assert [*state._attributes(FILE, FILE.replace(content="3 x"))] == []
+    assert [*state_diff._attributes(FILE, FILE.replace(content="3 x"))] == []
     link = Entry(kind="symlink", mode=0o777, uid=0, gid=0, content="a\nb")
-    assert [*state._attributes(link, link.replace(content="c"))] == [("target", "a\\u000ab", "c")]
+    assert [*state_diff._attributes(link, link.replace(content="c"))] == [("target", "a\\u000ab", "c")]
     device = Entry(kind="block", mode=0o600, uid=0, gid=0, content="8:0")
-    assert [*state._attributes(device, device.replace(content="8:1"))] == [("device", "8:0", "8:1")]
+    assert [*state_diff._attributes(device, device.replace(content="8:1"))] == [("device", "8:0", "8:1")]
 
 
 @given(st.text())
 def test_lines_are_those_of_the_text(text: str) -> None:
-    assert "".join(state._split(text)) == text
-    assert all("\n" not in line[:-1] for line in state._split(text))
+    assert "".join(state_diff._split(text)) == text
+    assert all("\n" not in line[:-1] for line in state_diff._split(text))
+
+
+def test_a_last_line_without_its_end() -> None:
+    found = [*state_diff._by_lines("a\n-- b", "a\nc", "/x")]
+    assert found[3:] == [
+        " a",
+        "--- b",
+        "\\ No newline at end of file",
+        "+c",
+        "\\ No newline at end of file",
+    ]
 
 
 def test_what_is_a_text() -> None:
-    assert state._text("für\n".encode()) == "für\n"
-    assert state._text(b"a\0b") is None
-    assert state._text(b"\xff") is None
+    assert state_diff._text("für\n".encode()) == "für\n"
+    assert state_diff._text(b"a\0b") is None
+    assert state_diff._text(b"\xff") is None
 
 
 def test_trees_are_never_held(tmp_path: Path) -> None:
@@ -183,9 +190,9 @@ def test_trees_are_never_held(tmp_path: Path) -> None:
         for each in range(30):
             (tree / f"{number}/{each}").touch()
     (now / "5/x").touch()
-    state_of = [state.View(str(tree)) for tree in (image, now)]
+    state_of = [state_changes.View(str(tree)) for tree in (image, now)]
     tracemalloc.start()
-    found = [change.path for change in state.compare(*state_of)]
+    found = [change.path for change in state_changes._compare(*state_of)]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert found == ["5/x"]
@@ -193,11 +200,13 @@ def test_trees_are_never_held(tmp_path: Path) -> None:
 
 
 def test_what_goes_while_one_looks(tmp_path: Path) -> None:
-    view = state.View(str(tmp_path / "nothing"))
+    view = state_changes.View(str(tmp_path / "nothing"))
     assert view.kinds("") == {}
     assert view.entry("") is None
     (tmp_path / "a").touch()
-    view = state.View(str(tmp_path))
+    view = state_changes.View(str(tmp_path))
     assert view.kinds("a/b") == {}
     assert view.entry("a/b") is None
-    assert [*state.compare(state.View(""), view)] == [state.Change(what="added", path="", kind="directory")]
+    assert [*state_changes._compare(state_changes.View(""), view)] == [
+        state_changes.Change(what="added", path="", kind="directory")
+    ]
