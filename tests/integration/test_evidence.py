@@ -441,7 +441,7 @@ def test_the_last_old_record_goes_where_nothing_else_is_left(
         older = top / "immucore/boot-000007-01234567"
         older.mkdir(parents=True)
         for name in evidence.LIMITS:
-            (older / name).write_bytes(b"x" * (100 << 10))
+            (older / name).write_bytes(b"x" * (80 << 10))
         how(top)
 
         where, _ = evidence.save(RECORD, (place(device),))
