@@ -111,7 +111,8 @@ class Steps:
     def _holds(self, step: Step) -> bool:
         machine = os.uname().machine
         subjects = {
-            "only_os": (self._release.get("ID", ""),),
+            # yip's OS.Name is PRETTY_NAME: stock files ask for "Ubuntu.*|Debian.*".
+            "only_os": (self._release.get("PRETTY_NAME", ""), self._release.get("ID", "")),
             "only_os_version": (self._release.get("VERSION_ID", ""),),
             "only_arch": (machine, GO_NAMES.get(machine, machine)),
             "only_service_manager": ("systemd",) if _has_systemd() else ("openrc",),

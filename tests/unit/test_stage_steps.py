@@ -35,13 +35,16 @@ class Told:
 def done(keys: str) -> tuple[bool, Told]:
     (step,) = stages.steps_of(documents.read(f"stages: {{x: [{{{keys}}}]}}", "f"), "x")
     told = Told()
-    release = {"ID": "debian", "VERSION_ID": "12"}
+    release = {"ID": "debian", "PRETTY_NAME": "Debian GNU/Linux 12 (bookworm)", "VERSION_ID": "12"}
     return Steps(told, release, offline=True).do(step), told
 
 
 @pytest.mark.parametrize(
     ("condition", "holds"),
     [
+        ("only_os: 'Ubuntu.*|Debian.*|Fedora.*|CentOS.*|Red\\sHat.*|Rocky.*|AlmaLinux.*'", True),
+        ("only_os: 'Debian GNU/Linux 12.*'", True),
+        ("only_os: 'Fedora.*|openSUSE.*|SLES.*|Alpine.*'", False),
         ("only_os: 'debian|ubuntu'", True),
         ("only_os: 'fedora'", False),
         ("only_os_version: '^1[23]$'", True),
