@@ -172,7 +172,7 @@ class Steps:
         if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?", name):
             raise StepError(f"'{name[:80]}' is no name of a host")
         write("/etc/hostname", f"{name}\n".encode())
-        lines = observe.text("/etc/hosts").split("\n")
+        lines = observe.whole("/etc/hosts").split("\n")
         ours = [number for number, line in enumerate(lines) if line.split()[:1] == ["127.0.0.1"]]
         if ours:
             names = [each for each in lines[ours[0]].split()[1:] if each != name]

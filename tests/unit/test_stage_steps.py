@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from immucore import documents, stages
+from immucore import documents, observe, stage_accounts, stages
 from immucore.documents import DocumentError
-from immucore.stage_accounts import ensure_entities, owner_ids
+from immucore.stage_accounts import add_authorized_keys, ensure_entities, owner_ids
 from immucore.stage_steps import Steps
 from immucore.stage_tools import StepError, command, together, write, write_environment
 
@@ -160,3 +162,118 @@ def test_programs() -> None:
         command("cat", "/not/there")
     with pytest.raises(StepError, match="there is no such-program here"):
         command("such-program")
+
+
+USER = 4321
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give somebody a home with .ssh in it."""
+    if os.getuid():
+        pytest.skip("needs root")
+    (tmp_path / "passwd").write_text(f"some:x:{USER}:{USER}::{tmp_path}/home:/bin/sh\n")
+    (tmp_path / "home/.ssh").mkdir(parents=True)
+    (tmp_path / "secret").write_text("root:secret\n")
+    for path in (tmp_path / "home", tmp_path / "home/.ssh"):
+        os.chown(path, USER, USER)
+    monkeypatch.setattr(stage_accounts, "PASSWD", f"{tmp_path}/passwd")
+    return tmp_path / "home"
+
+
+def add_key() -> None:
+    add_authorized_keys({"some": ("ssh-rsa one",)})
+
+
+def test_a_key_is_added_to_those_that_are_there(home: Path) -> None:
+    keys = home / ".ssh/authorized_keys"
+    keys.write_text("ssh-rsa zero")
+    keys.chmod(0o644)
+    os.chown(keys, USER, USER)
+    add_key()
+    add_key()
+    assert keys.read_text() == "ssh-rsa zero\nssh-rsa one\n"
+    assert (stat.S_IMODE(keys.stat().st_mode), keys.stat().st_uid) == (0o644, USER)
+    assert [path.name for path in keys.parent.iterdir()] == ["authorized_keys"]
+
+
+def test_a_home_that_is_not_there_is_made(home: Path) -> None:
+    (home / ".ssh").rmdir()
+    home.rmdir()
+    add_key()
+    ssh, keys = home / ".ssh", home / ".ssh/authorized_keys"
+    assert (stat.S_IMODE(ssh.stat().st_mode), ssh.stat().st_uid) == (0o700, USER)
+    assert (stat.S_IMODE(keys.stat().st_mode), keys.stat().st_uid) == (0o600, USER)
+
+
+def test_a_home_may_be_below_a_symlink_of_root_and_of_nobody_else(home: Path) -> None:
+    home.rename(home.parent / "moved")
+    home.symlink_to("moved")
+    add_key()
+    assert (home / ".ssh/authorized_keys").read_text() == "ssh-rsa one\n"
+    os.chown(home, USER, USER, follow_symlinks=False)
+    with pytest.raises(StepError, match="home is a symlink that is not root's"):
+        add_authorized_keys({"some": ("ssh-rsa two",)})
+
+
+def _symlinked_file(home: Path) -> None:
+    (home / ".ssh/authorized_keys").symlink_to(home.parent / "secret")
+
+
+def _symlinked_directory(home: Path) -> None:
+    (home / ".ssh").rmdir()
+    (home.parent / "etc").mkdir()
+    (home / ".ssh").symlink_to(home.parent / "etc")
+
+
+def _hard_link(home: Path) -> None:
+    (home / ".ssh/authorized_keys").hardlink_to(home.parent / "secret")
+
+
+def _fifo(home: Path) -> None:
+    os.mkfifo(home / ".ssh/authorized_keys")
+
+
+def _large(home: Path) -> None:
+    with (home / ".ssh/authorized_keys").open("wb") as file:
+        file.truncate(observe.MAX_FILE_BYTES + 1)
+
+
+@pytest.mark.parametrize("prepare", [_symlinked_file, _symlinked_directory, _hard_link, _fifo, _large])
+def test_the_owner_of_a_home_gets_nothing_of_roots(home: Path, prepare: Callable[[Path], None]) -> None:
+    prepare(home)
+    secret = home.parent / "secret"
+    before = secret.stat().st_uid, secret.read_text()
+    size = (home / ".ssh/authorized_keys").stat().st_size if prepare is _large else 0
+    with pytest.raises(StepError, match="ssh"):
+        add_key()
+    assert (secret.stat().st_uid, secret.read_text()) == before
+    if prepare is _symlinked_directory:
+        assert [*(home.parent / "etc").iterdir()] == []
+        assert (home.parent / "etc").stat().st_uid == 0
+    if prepare is _large:
+        assert (home / ".ssh/authorized_keys").stat().st_size == size
+
+
+def test_what_is_in_the_way_of_the_new_file_is_not_written_to(home: Path) -> None:
+    (home / ".ssh/.authorized_keys.new").symlink_to(home.parent / "secret")
+    add_key()
+    assert (home.parent / "secret").read_text() == "root:secret\n"
+    assert (home / ".ssh/authorized_keys").read_text() == "ssh-rsa one\n"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: ensure_entities(((path, "kind: shadow\nusername: x"),)),
+        lambda path: write_environment(path, {"A": "1"}),
+    ],
+)
+def test_a_large_file_is_never_cut(tmp_path: Path, change: Callable[[str], None]) -> None:
+    path = tmp_path / "file"
+    path.write_text("A=1\n" * (observe.MAX_FILE_BYTES // 4 + 1))
+    size = path.stat().st_size
+    with pytest.raises((StepError, OSError)) as caught:
+        change(str(path))
+    assert os.strerror(errno.EFBIG) in str(caught.value)
+    assert path.stat().st_size == size
