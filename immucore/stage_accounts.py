@@ -171,7 +171,7 @@ def _replace(ssh: int, content: bytes, mode: int, owner: tuple[int, int]) -> Non
 
 
 def _without_symlinks(home: str, left: int = observe.MAX_LINKS) -> str:
-    """Take the symlinks out of the path of a home, such as /home itself in some images; only root's count."""
+    """Take the symlinks out of the path of a home, such as /home itself in some images: only root's."""
     real = "/"
     for number, name in enumerate(parts := home.split("/")):
         below = os.path.join(real, name)
