@@ -8,27 +8,33 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import time
 
-from immucore import documents, envfile, linux, observe, stage_steps, stages, syscalls
+from immucore import documents, envfile, linux, observe, report, stage_steps, stages, syscalls
 from immucore.errors import ImmucoreError
 from immucore.execute import Step
 from immucore.log import DEBUG, WARNING
 from immucore.plan import IMPORTANT, SYSROOT, Plan, Stage
 from immucore.stage_tools import told
+from immucore.values import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import NoReturn
+    from collections.abc import Callable
+    from typing import Any, NoReturn
 
     from immucore.boot import Boot
+    from immucore.devices import Wanted
     from immucore.documents import Node
 
 ROOTFS = "rootfs"
 VISIBLE = ("/system", "/oem")  # of the new root, in the initramfs too: files of this stage name them so
 SHARED = ("/proc", "/sys", "/dev", "/run")
+STAGE_SEC = 1800.0  # for all of a stage: a command has its own deadline, and a file may have many
 GRACE_SEC = 3.0  # for what is told to stop
+STOPPING = (signal.SIGTERM, signal.SIGINT)
 MAX_CHARACTERS = 4000  # of a message
 OS_RELEASE = ("/etc/os-release", "/usr/lib/os-release")
 WORDS = "the kernel command line"
@@ -38,32 +44,99 @@ class Stopped(BaseException):
     """Somebody stops the agent, or the machine: no step is begun any more."""
 
 
-def run(boot: Boot, stage: str, directories: tuple[str, ...], words: tuple[tuple[str, str], ...]) -> None:
+class Asked(Record):
+    """A stage that is to be done."""
+
+    stage: str
+    directories: tuple[str, ...]  # where its files are
+    words: tuple[tuple[str, str], ...]  # its steps on the command line
+    state: Wanted  # the partition whose disks are home
+    key: str  # what is booted: what an earlier run of the agent has done for it is not done again
+
+
+def run(boot: Boot, asked: Asked) -> None:
     """Do a stage and record what became of its steps. Raises Interrupted, and nothing for what fails."""
-    if stage == ROOTFS:
-        for path in VISIBLE:
-            if not os.path.lexists(path):
-                os.symlink(SYSROOT + path, path)
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(read)
-        _main(write, stage, directories, words)
-    os.close(write)
+    stage = asked.stage
+    take = _Taker(boot)
+    if (earlier := _earlier(stage, asked.key)) is not None:
+        boot.log.info(f"stage {stage} was done by an earlier run of the agent")
+        boot.layouts = earlier.get("layouts", {})
+        for said in earlier.get("told", []):
+            take.message(*said)
+        return
     try:
-        take = _Taker(boot)
-        with open(read, encoding="ascii") as lines:
-            for line in lines:
-                take.message(*json.loads(line))
+        if stage == ROOTFS:
+            for path in VISIBLE:
+                if not os.path.lexists(path):
+                    os.symlink(SYSROOT + path, path)
+        _run(take, stage, lambda write: _main(write, boot, asked))
+        marker = json.dumps({"key": asked.key, "layouts": boot.layouts, "told": take.told})
+        boot.kernel.write_file(report.stage_marker(stage), marker)
+    except (OSError, TypeError, ValueError) as error:
+        take.not_done(stage, f"cannot do stage {stage}: {told(error)}")
+
+
+def leave_out(boot: Boot, stage: str, error: OSError) -> None:
+    """Record that a stage was not begun."""
+    _Taker(boot).not_done(stage, f"cannot do stage {stage}: {told(error)}")
+
+
+def _earlier(stage: str, key: str) -> dict[str, Any] | None:
+    """Return what is noted of a stage that an earlier run has done; None where there was none."""
+    try:
+        noted = json.loads(observe.text(report.stage_marker(stage)))
+    except (OSError, ValueError):
+        return None
+    return noted if isinstance(noted, dict) and noted.get("key") == key else None
+
+
+def _run(take: _Taker, stage: str, main: Callable[[int], NoReturn]) -> None:
+    """Fork a process for a stage and take down what it tells. Raises OSError, TypeError and ValueError."""
+    read, write = os.pipe()
+    child = 0
+    try:
+        # A signal that comes before the child has its own handlers must not find those of the agent.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+        try:
+            child = os.fork()
+            if child == 0:
+                os.close(read)
+                main(write)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        os.close(write)
+        write = -1
+        if not _take_lines(take, read):
+            take.not_done(stage, f"it has taken longer than {STAGE_SEC:g} s, and was ended")
+            return
         _, status = os.waitpid(child, 0)
         child = 0
         if status:
-            take.failed(
-                f"stage {stage}", stage, "", f"it ended with status {os.waitstatus_to_exitcode(status)}"
-            )
+            take.not_done(stage, f"it ended with status {os.waitstatus_to_exitcode(status)}")
     finally:
+        for descriptor in (read, write):
+            if descriptor >= 0:
+                os.close(descriptor)
         if child:
             _stop(child)
+
+
+def _take_lines(take: _Taker, read: int) -> bool:
+    """Take messages until there are no more; False where there is no time any more."""
+    deadline = time.monotonic() + STAGE_SEC
+    poll = select.poll()
+    poll.register(read, select.POLLIN)
+    rest = b""
+    while (left_sec := deadline - time.monotonic()) > 0:
+        if not poll.poll(left_sec * 1000 + 1):
+            continue
+        block = os.read(read, 1 << 16)
+        if not block:
+            return True  # half a message is what its status tells of
+        *lines, rest = (rest + block).split(b"\n")
+        for line in lines:
+            take.message(*json.loads(line))
+    return False
 
 
 class _Taker:
@@ -72,9 +145,16 @@ class _Taker:
     def __init__(self, boot: Boot) -> None:
         self._boot = boot
         self._began_usec = time.monotonic_ns() // 1000
+        self.told: list[tuple[str, ...]] = []  # what a later run has to know
+
+    def not_done(self, stage: str, message: str) -> None:
+        """Take down that a stage as a whole could not be done."""
+        self.message("failed", f"stage {stage}", stage, "", message)
 
     def message(self, kind: str, *said: str) -> None:
         """Take a message as _Teller sends it."""
+        if kind in ("failed", "done"):
+            self.told.append((kind, *said))
         if kind == "failed":
             self.failed(*said)
         elif kind == "done":
@@ -147,17 +227,16 @@ class _Teller:
         self.send("failed", step.place.name, step.stage, step.name, message)
 
 
-def _main(
-    descriptor: int, stage: str, directories: tuple[str, ...], words: tuple[tuple[str, str], ...]
-) -> NoReturn:
+def _main(descriptor: int, boot: Boot, asked: Asked) -> NoReturn:
     """Do a stage, as a child; it never returns to what the agent was about."""
-    status = 1
+    status, stage = 1, asked.stage
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOPPING:
             signal.signal(number, _stopped)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         teller = _Teller(descriptor)
         try:
-            _do(teller, stage, directories, words)
+            _do(teller, boot, asked)
         except (ImmucoreError, OSError) as error:
             teller.send("failed", f"stage {stage}", stage, "", f"cannot do stage {stage}: {told(error)}")
         except Exception as error:  # noqa: BLE001  a bug too has to be told in one sentence
@@ -172,9 +251,8 @@ def _stopped(_number: int, _frame: object) -> None:
     raise Stopped
 
 
-def _do(
-    teller: _Teller, stage: str, directories: tuple[str, ...], words: tuple[tuple[str, str], ...]
-) -> None:
+def _do(teller: _Teller, boot: Boot, asked: Asked) -> None:
+    stage, words = asked.stage, asked.words
     root = SYSROOT
     release = _os_release()
     if stage != ROOTFS:
@@ -187,7 +265,7 @@ def _do(
     for pattern in stages.SUB_STAGES:
         sub_stage = pattern.format(stage)
         # Looked for each time: what a step puts there counts from the next one on.
-        for path in _listed(teller, root, stage, directories):
+        for path in _listed(teller, root, stage, asked.directories):
             try:
                 wanted = stages.steps_of(_documents(root, path, read), sub_stage)
             except ImmucoreError as error:

@@ -306,7 +306,9 @@ def test_the_new_root_cannot_be_climbed_out_of(machine: Machine, agent: Sequence
         machine,
         climbing=f"stages:\n  initramfs:\n    - files: [{listed}]\n    - commands: [touch /etc/inside]\n",
     )
-    machine.path("/machine/here").write_text("")
+    machine.path("/machine/here").write_text(
+        "stages: {rootfs: [{commands: [touch /run/escaped]}], initramfs: [{files: [{path: /run/escaped}]}]}"
+    )
     with machine.partition("oem") as root:
         (root / "outside.yaml").symlink_to("/machine/here")  # it is looked up in the new root
 
@@ -315,6 +317,7 @@ def test_the_new_root_cannot_be_climbed_out_of(machine: Machine, agent: Sequence
     assert boot.result["outcome"] == "ok", boot.stderr
     assert {path.name for path in machine.path("/sysroot/machine").iterdir()} >= {*"abce"}
     assert not {*"abcde"} & {path.name for path in machine.path("/machine").iterdir()}
+    assert not machine.path("/run/escaped").exists()
     assert machine.path("/sysroot/etc/inside").exists()
     assert not machine.path("/etc/inside").exists()
     inside = {mount.target for mount in boot.mounts}
@@ -331,6 +334,42 @@ def test_safe_runs_no_stage(machine: Machine) -> None:
     assert boot.result["outcome"] == "ok", boot.stderr
     assert not machine.path("/run/ran").exists()
     assert not machine.path("/system").is_symlink()
+
+
+def test_words_for_a_stage_of_the_booted_system_are_left_to_it(machine: Machine) -> None:
+    boot = machine.boot(f"{ACTIVE} stages.boot[0].hostname=x stages.network.before[0].hostname=x", SOURCE)
+
+    assert boot.result["outcome"] == "ok", boot.stderr
+    assert not machine.path("/system").is_symlink()  # no stage was begun
+
+
+def test_a_second_run_does_no_stage_again(machine: Machine) -> None:
+    oem(machine, one="stages: {rootfs: [{commands: ['echo x >>/run/ran']}], initramfs: [{modules: [x]}]}")
+    boot = machine.boot(f"{ACTIVE} rd.cos.mount=LABEL=NOT_THERE:/data rd.cos.timeout=1", SOURCE)
+    assert boot.result["outcome"] == "failed"
+    assert text(machine, "/run/ran") == "x\n"
+
+    boot = machine.boot(ACTIVE, SOURCE)
+
+    assert boot.result["outcome"] == "degraded"
+    assert failures(boot) == [
+        "/oem/one.yaml: 'step 1' of stage initramfs: modules: there is no modprobe here"
+    ]
+    assert text(machine, "/run/ran") == "x\n"
+
+
+def test_a_layout_that_was_corrected_is_written_again(machine: Machine) -> None:
+    def layout(content: str) -> str:
+        return f"stages: {{rootfs: [{{files: [{{path: /run/cos/cos-layout.env, content: {content}}}]}}]}}"
+
+    oem(machine, one=layout("no assignment"))
+    assert machine.boot(f"{ACTIVE} rd.cos.fallback=off", SOURCE).result["outcome"] == "failed"
+    machine.path("/sysroot/oem/one.yaml").write_text(layout("RW_PATHS=/srv"))
+
+    boot = machine.boot(f"{ACTIVE} rd.cos.fallback=off", SOURCE)
+
+    assert boot.result["outcome"] == "ok", boot.stderr
+    assert [m.target for m in boot.mounts if m.fstype == "overlay"] == ["/sysroot/srv"]
 
 
 def test_sigterm_during_a_stage_is_a_failed_boot(machine: Machine) -> None:
@@ -405,7 +444,7 @@ def test_only_the_last_partition_grows(switch_on: Callable[[], Machine], disk: P
     boot = machine.boot(ACTIVE, SOURCE)
 
     assert boot.result["outcome"] == "degraded"
-    assert "lies behind" in failures(boot)[0] or "overlap" in failures(boot)[0]
+    assert re.search(r"layout: \S+ lies behind \S+: it cannot grow$", failures(boot)[0])
 
 
 def test_what_is_missing_in_the_new_root_is_named(machine: Machine, agent: Sequence[str]) -> None:
