@@ -12,10 +12,10 @@ import select
 import signal
 import time
 
-from immucore import documents, envfile, linux, observe, report, stage_steps, stages, syscalls
+from immucore import documents, envfile, linux, observe, report, stage_growth, stage_steps, stages, syscalls
 from immucore.errors import ImmucoreError
 from immucore.execute import Step
-from immucore.log import DEBUG, WARNING
+from immucore.log import DEBUG, INFO, WARNING, Log
 from immucore.plan import IMPORTANT, SYSROOT, Plan, Stage
 from immucore.stage_tools import told
 from immucore.values import Record
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
     from immucore.boot import Boot
-    from immucore.devices import Wanted
+    from immucore.devices import Device, Devices, Wanted
     from immucore.documents import Node
 
 ROOTFS = "rootfs"
@@ -160,7 +160,7 @@ class _Taker:
         elif kind == "done":
             self._record(*said, outcome="done", reason="")
         else:
-            self._boot.log.write(WARNING if kind == "warning" else DEBUG, said[0])
+            self._boot.log.write({"warning": WARNING, "info": INFO}.get(kind, DEBUG), said[0])
 
     def failed(self, target: str, stage: str, name: str, message: str) -> None:
         """Record what could not be done: the boot goes on, degraded."""
@@ -227,6 +227,18 @@ class _Teller:
         self.send("failed", step.place.name, step.stage, step.name, message)
 
 
+class _TellingLog(Log):
+    """The log of what is called in the process of a stage, which the agent keeps."""
+
+    def __init__(self, teller: _Teller) -> None:
+        super().__init__(journal=False)
+        self._teller = teller
+
+    def write(self, level: int, message: str) -> None:
+        """Tell a message."""
+        self._teller.send("warning" if level < INFO else "info" if level == INFO else "debug", message)
+
+
 def _main(descriptor: int, boot: Boot, asked: Asked) -> NoReturn:
     """Do a stage, as a child; it never returns to what the agent was about."""
     status, stage = 1, asked.stage
@@ -258,7 +270,21 @@ def _do(teller: _Teller, boot: Boot, asked: Asked) -> None:
     if stage != ROOTFS:
         _enter_new_root(teller)
         root = "/"
-    steps = stage_steps.Steps(teller, release, offline=stage != ROOTFS)
+    log, offline, boot_disk = _TellingLog(teller), stage != ROOTFS, boot.cmdline.boot_disk
+
+    def wait_for(wanted: Wanted) -> Devices:
+        from immucore import wait  # imports pyroute2, as dear as four boots
+
+        return wait.for_devices((wanted,), log, "no", boot_disk)
+
+    def find(label: str) -> Device | None:
+        def look() -> Devices:
+            return observe.devices(boot_disk)
+
+        # In the new root all has been waited for, and nothing can be imported any more.
+        return stage_growth.labelled(label, asked.state, look, None if offline else wait_for)
+
+    steps = stage_steps.Steps(teller, release, offline=offline, find=find)
     from_words, problems = stages.from_words(words) if words else ([], [])
     read: dict[str, tuple[str, list[Node]]] = {}
     told_already: set[str] = set()

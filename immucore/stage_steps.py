@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any, Protocol
 
+    from immucore.devices import Device
     from immucore.stage_keys import File, Systemctl
     from immucore.stages import Step
 
@@ -52,10 +53,21 @@ MACHINE_ID = re.compile(r"\{\{-?\s*(?:trunc\s+(\d{1,2})\s+)?\.MachineID\s*-?\}\}
 
 
 class Steps:
-    """Does steps. `offline`: in a new root that does not run yet; `release` is what its os-release says."""
+    """Does steps. `offline`: in a new root that does not run yet; `release` is what its os-release says.
 
-    def __init__(self, teller: Teller, release: Mapping[str, str], *, offline: bool) -> None:
+    `find` gives the partition with a label, None for one that is not to be touched.
+    """
+
+    def __init__(
+        self,
+        teller: Teller,
+        release: Mapping[str, str],
+        *,
+        offline: bool,
+        find: Callable[[str], Device | None],
+    ) -> None:
         self._teller = teller
+        self._find = find
         self._release = release
         self._offline = offline
         self._environment: dict[str, str] = {}
@@ -73,7 +85,7 @@ class Steps:
             "timesyncd": self._timesyncd,
             "systemctl": self._systemctl,
             "systemd_firstboot": self._firstboot,
-            "layout": stage_growth.expand,
+            "layout": self._layout,
         }
 
     def do(self, step: Step) -> bool:
@@ -164,6 +176,10 @@ class Steps:
 
     def _write_environment(self, asked: tuple[str, Mapping[str, str]]) -> None:
         write_environment(*asked)
+
+    def _layout(self, asked: tuple[str, str, int]) -> None:
+        if said := stage_growth.expand(asked, self._find):
+            self._teller.warning(said)
 
     def _hostname(self, name: str) -> None:
         name = MACHINE_ID.sub(
