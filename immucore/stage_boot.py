@@ -16,7 +16,7 @@ from immucore import documents, envfile, linux, observe, report, stage_growth, s
 from immucore.errors import ImmucoreError
 from immucore.execute import Step
 from immucore.log import DEBUG, INFO, WARNING, Log
-from immucore.plan import IMPORTANT, SYSROOT, Plan, Stage
+from immucore.plan import IMPORTANT, OPTIONAL, SYSROOT, Plan, Stage
 from immucore.stage_tools import told
 from immucore.values import Record
 
@@ -153,10 +153,14 @@ class _Taker:
 
     def message(self, kind: str, *said: str) -> None:
         """Take a message as _Teller sends it."""
-        if kind in ("failed", "done"):
+        if kind in ("failed", "ignored", "done"):
             self.told.append((kind, *said))
         if kind == "failed":
             self.failed(*said)
+        elif kind == "ignored":
+            target, stage, name, message = said
+            self._boot.log.warning(f"'{name}' of stage {stage}: {message}")
+            self._record(target, stage, name, outcome="ignored", reason=message)
         elif kind == "done":
             self._record(*said, outcome="done", reason="")
         else:
@@ -171,8 +175,9 @@ class _Taker:
         self._record(target, stage, name, outcome="degraded", reason=message)
 
     def _record(self, target: str, stage: str, name: str, *, outcome: str, reason: str) -> None:
+        criticality = OPTIONAL if outcome == "ignored" else IMPORTANT
         operation = Stage(
-            target=target, stage=stage, name=name, why="a cloud-init file", criticality=IMPORTANT
+            target=target, stage=stage, name=name, why="a cloud-init file", criticality=criticality
         )
         now_usec = time.monotonic_ns() // 1000
         step = Step(
@@ -220,6 +225,11 @@ class _Teller:
     def warning(self, message: str) -> None:
         """Say what somebody should look into."""
         self.send("warning", message)
+
+    def ignored_of(self, step: stages.Step, message: str) -> None:
+        """Say what of a step has failed, and is no matter of the boot."""
+        self.failures += 1
+        self.send("ignored", step.place.name, step.stage, step.name, message)
 
     def failed(self, step: stages.Step, message: str) -> None:
         """Say what of a step could not be done."""
@@ -285,7 +295,7 @@ def _do(teller: _Teller, boot: Boot, asked: Asked) -> None:
         return stage_growth.labelled(label, asked.state, look, None if offline else wait_for)
 
     steps = stage_steps.Steps(teller, release, offline=offline, find=find)
-    from_words, problems = stages.from_words(words) if words else ([], [])
+    from_words, problems = stages.from_words(words)
     read: dict[str, tuple[str, list[Node]]] = {}
     told_already: set[str] = set()
     for pattern in stages.SUB_STAGES:
@@ -328,7 +338,12 @@ def _documents(root: str, path: str, read: dict[str, tuple[str, list[Node]]]) ->
 def _do_steps(teller: _Teller, steps: stage_steps.Steps, wanted: list[stages.Step]) -> None:
     for step in wanted:
         before = teller.failures
-        if steps.do(step) and teller.failures == before:
+        try:
+            did = steps.do(step)
+        except Exception as error:  # noqa: BLE001  what nobody thought of costs this step alone
+            teller.failed(step, f"this is a bug in immucore: {type(error).__name__}: {error}")
+            continue
+        if did and teller.failures == before:
             teller.send("done", step.place.name, step.stage, step.name)
 
 

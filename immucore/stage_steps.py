@@ -23,7 +23,7 @@ from immucore.stage_tools import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from typing import Any, Protocol
 
     from immucore.devices import Device
@@ -39,17 +39,25 @@ if TYPE_CHECKING:
         def warning(self, message: str) -> None:
             """Say what is not done, and nobody has asked this agent for."""
 
+        def ignored_of(self, step: Step, message: str) -> None:
+            """Say what of a step has failed, and is no matter of the boot."""
+
         def failed(self, step: Step, message: str) -> None:
             """Say what of a step could not be done."""
 
 
 CONDITION_SEC = 60.0
+TEMPLATE = "{{…}}"
 SHELL = "/bin/sh"
 HOME = {"HOME": "/root"}  # beside the fixed PATH, which process has
 ENVIRONMENT_FILE = "/etc/environment"
 GO_NAMES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}
 SHOWN_LINES = 40  # of what a command has printed
 MACHINE_ID = re.compile(r"\{\{-?\s*(?:trunc\s+(\d{1,2})\s+)?\.MachineID\s*-?\}\}")
+
+
+class _NotHere(ImmucoreError):
+    """Something that a stage of this agent cannot do, and everybody's files ask for."""
 
 
 class Steps:
@@ -70,7 +78,6 @@ class Steps:
         self._find = find
         self._release = release
         self._offline = offline
-        self._environment: dict[str, str] = {}
         self._does: dict[str, Callable[[Any], None]] = {
             "dns": self._dns,
             "groups": stage_accounts.add_groups,
@@ -94,13 +101,14 @@ class Steps:
             self._teller.failed(step, problem)
         if step.broken:
             return True
-        self._environment = {**HOME, **step.keys.get("environment", {})}
         try:
             if not self._holds(step):
                 return False
         except (ImmucoreError, OSError) as error:
             self._teller.failed(step, told(error))
             return True
+        for place in _templates(step.keys):
+            self._left_as_it_is(f"{step.place}: {TEMPLATE} in {place}")
         for key in step.unknown:
             self._teller.warning(f"{key}: this agent does nothing with it ('{step.name}' of {step.stage})")
         for key, value in step.keys.items():
@@ -117,8 +125,16 @@ class Steps:
         """Do one key. Those that have several things to do try all, and raise the errors as one."""
         try:
             do(value)
+        except _NotHere as error:
+            self._teller.ignored_of(step, f"{key}: {error}")
         except (ImmucoreError, OSError, ValueError) as error:
             self._teller.failed(step, f"{key}: {told(error)}")
+        except Exception as error:  # noqa: BLE001  what nobody thought of costs this key alone
+            bug = f"this is a bug in immucore: {type(error).__name__}: {error}"
+            self._teller.failed(step, f"{key}: {bug}")
+
+    def _left_as_it_is(self, what: str) -> None:
+        self._teller.warning(f"{what} is left as it is: this agent fills in no templates")
 
     def _holds(self, step: Step) -> bool:
         machine = os.uname().machine
@@ -139,6 +155,8 @@ class Steps:
             self._teller.debug(f"{step.place}: '{step.name}' is left out: if_files")
             return False
         condition = step.conditions.get("if", "")
+        if condition and _has_template(condition):
+            self._left_as_it_is(f"{step.place}: {TEMPLATE} in if")
         if condition and (status := self._shell(condition, "if", CONDITION_SEC)):
             self._teller.debug(f"{step.place}: '{step.name}' is left out: if ends with status {status}")
             return False
@@ -146,25 +164,25 @@ class Steps:
 
     def _commands(self, step: Step, commands: tuple[tuple[str, str], ...]) -> None:
         for place, text in commands:
-            if "{{" in text and "}}" in text:
-                self._teller.warning(
-                    f"{place}: {{{{…}}}} is left as it is: this agent fills in no templates"
-                )
+            if _has_template(text):
+                self._left_as_it_is(f"{place}: {TEMPLATE}")
             try:
                 status = self._shell(text, place, COMMAND_SEC)
             except OSError as error:
                 self._teller.failed(step, f"{place}: cannot start {SHELL}: {error.strerror}")
                 continue
-            if status:
-                late = f", it took longer than {COMMAND_SEC:g} s" if status == process.TIMED_OUT else ""
-                self._teller.failed(step, f"{place}: the command ended with status {status}{late}")
+            ended = f"{place}: the command ended with status {status}"
+            if status == process.TIMED_OUT:
+                self._teller.failed(step, f"{ended}, it took longer than {COMMAND_SEC:g} s")
+            elif status:  # nobody looks at it in the field: many a stock command ends so on each boot
+                self._teller.ignored_of(step, ended)
 
     def _shell(self, text: str, what: str, timeout_sec: float) -> int:
         def say(taken_sec: float) -> None:
             self._teller.warning(f"{what}: the command has been running for {taken_sec:.0f} s")
 
         finished = process.run_apart(
-            (SHELL, "-c", text), timeout_sec=timeout_sec, environment=self._environment, meanwhile=say
+            (SHELL, "-c", text), timeout_sec=timeout_sec, environment=HOME, meanwhile=say
         )
         for line in finished.output.rstrip("\n").split("\n")[-SHOWN_LINES:]:
             if line:
@@ -226,22 +244,42 @@ class Steps:
         write("/etc/systemd/timesyncd.conf.d/50-stages.conf", "".join(f"{x}\n" for x in lines).encode())
 
     def _systemctl(self, asked: Systemctl) -> None:
+        not_started: list[str] = []
+
         def one(item: tuple[str, str]) -> None:
             verb, unit = item
             if verb != "start":
                 command("systemctl", *(("--root=/",) if self._offline else ()), verb, unit)
             elif self._offline:
-                raise StepError(f"cannot start {unit}: the new root does not run yet; enable it")
+                not_started.append(unit)
             else:
                 command("systemctl", "--no-block", "start", unit)
 
         for each in asked.overrides:
             write(f"/etc/systemd/system/{each.service}.d/{each.name}", each.content.encode())
         together(one, [(verb, unit) for verb, units in asked.verbs for unit in units])
+        if not_started:
+            raise _NotHere(
+                f"cannot start {', '.join(not_started)}: the new root does not run yet; enable it"
+            )
 
     def _firstboot(self, values: Mapping[str, str]) -> None:
         options = [f"--{k}" if v.lower() == "true" else f"--{k}={v}" for k, v in values.items()]
         command("systemd-firstboot", *(("--root=/",) if self._offline else ()), *options)
+
+
+def _has_template(text: str) -> bool:
+    return "{{" in text and "}}" in text
+
+
+def _templates(keys: Mapping[str, Any]) -> Iterator[str]:
+    """Name what has templates that stay as they are, beside commands and the condition."""
+    for file in keys.get("files", ()):
+        if _has_template(file.path + file.content.decode("latin-1")):
+            yield f"files: {file.path}"
+    for name, value in keys.get("environment", {}).items():
+        if _has_template(value):
+            yield f"environment: {name}"
 
 
 def put(file: File) -> None:

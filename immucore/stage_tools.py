@@ -41,7 +41,7 @@ def together(do: Callable[[Value], None], values: Iterable[Value]) -> None:
     for value in values:
         try:
             do(value)
-        except (ImmucoreError, OSError) as error:
+        except (ImmucoreError, OSError, ValueError) as error:
             failures.append(told(error))
     if failures:
         raise StepError("; ".join(failures))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from immucore import documents, observe, stage_accounts, stages
+from immucore import documents, observe, stage_accounts, stage_steps, stages
 from immucore.documents import DocumentError
 from immucore.stage_accounts import add_authorized_keys, ensure_entities, owner_ids
 from immucore.stage_steps import Steps
@@ -23,12 +23,16 @@ class Told:
     def __init__(self) -> None:
         self.failures: list[str] = []
         self.warnings: list[str] = []
+        self.ignored: list[str] = []
 
     def debug(self, message: str) -> None:
         pass
 
     def warning(self, message: str) -> None:
         self.warnings.append(message)
+
+    def ignored_of(self, _step: stages.Step, message: str) -> None:
+        self.ignored.append(message)
 
     def failed(self, _step: stages.Step, message: str) -> None:
         self.failures.append(message)
@@ -67,11 +71,61 @@ def test_conditions(tmp_path: Path, condition: str, holds: bool) -> None:
     assert (did, (tmp_path / "x").exists(), told.failures) == (holds, holds, [])
 
 
-def test_a_template_is_named(tmp_path: Path) -> None:
-    _, told = done(f"commands: ['echo \"{{{{ .X }}}}\" >{tmp_path}/x']")
+def test_templates_are_named_wherever_they_stay(tmp_path: Path) -> None:
+    _, told = done(
+        f"if: '[ \"{{{{ .A }}}}\" ]', commands: ['echo \"{{{{ .X }}}}\" >{tmp_path}/x'], "
+        f"files: [{{path: {tmp_path}/y, content: 'a {{{{ .Y }}}}'}}, {{path: {tmp_path}/z, content: x}}], "
+        f"environment_file: {tmp_path}/e, environment: {{A: '{{{{ .Z }}}}', B: x}}"
+    )
     assert told.failures == []
-    assert told.warnings == ["f:1:26: {{…}} is left as it is: this agent fills in no templates"]
+    says = "is left as it is: this agent fills in no templates"
+    command = 15 + len("if: '[ \"{{ .A }}\" ]', commands: [")
+    assert told.warnings == [
+        f"f:1:14: {{{{…}}}} in if {says}",
+        f"f:1:14: {{{{…}}}} in files: {tmp_path}/y {says}",
+        f"f:1:14: {{{{…}}}} in environment: A {says}",
+        f"f:1:{command}: {{{{…}}}} {says}",
+    ]
     assert (tmp_path / "x").read_text() == "{{ .X }}\n"
+    assert (tmp_path / "y").read_text() == "a {{ .Y }}"
+
+
+def test_what_is_for_a_file_is_not_for_the_steps_own_commands(tmp_path: Path) -> None:
+    asked = f"environment_file: {tmp_path}/e, environment: {{LD_PRELOAD: /x, PATH: /nowhere}}"
+    did, told = done(f"if: '[ -z \"$LD_PRELOAD\" ]', commands: ['cat /dev/null >{tmp_path}/x'], {asked}")
+    assert (did, told.failures, told.ignored) == (True, [], [])
+    assert (tmp_path / "x").exists()
+    assert "LD_PRELOAD" in (tmp_path / "e").read_text()
+
+
+def test_what_a_command_ends_with_is_its_own_matter(tmp_path: Path) -> None:
+    _, told = done("commands: ['exit 3', 'exit 0'], systemctl: {start: [x]}")
+    assert told.failures == []
+    assert told.ignored == [
+        "f:1:26: the command ended with status 3",
+        "systemctl: cannot start x: the new root does not run yet; enable it",
+    ]
+
+
+def test_a_command_that_takes_too_long_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage_steps, "COMMAND_SEC", 0.2)
+    _, told = done("commands: ['sleep 60']")
+    assert told.failures == ["f:1:26: the command ended with status 124, it took longer than 0.2 s"]
+
+
+def test_one_that_fails_in_a_way_nobody_thought_of_costs_itself_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
+        raise RecursionError("too deep")
+
+    monkeypatch.setattr(stage_accounts, "add_groups", fail)
+    (step,) = stages.steps_of(
+        documents.read("stages: {x: [{groups: [a], files: [{path: /dev/null}]}]}", "f"), "x"
+    )
+    told = Told()
+    Steps(told, {}, offline=True, find=lambda _: None).do(step)
+    assert told.failures == ["groups: this is a bug in immucore: RecursionError: too deep"]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +135,6 @@ def test_a_template_is_named(tmp_path: Path) -> None:
         ("hostname: 'x-{{ .Other }}'", "hostname: 'x-{{ .Other }}' is no name of a host"),
         ("sysctl: {'../x': 1}", "sysctl: '../x' is no name of a setting"),
         ("environment: {'A B': 1}", "environment: 'A B' is no name of a variable"),
-        ("systemctl: {start: [x]}", "systemctl: cannot start x: the new root does not run yet; enable it"),
         ("authorized_keys: {nobody_here: [k]}", "authorized_keys: there is no user nobody_here"),
         ("files: [{path: /x, owner_string: nobody_here}]", "files: there is no user nobody_here"),
         ("layout: {device: {path: /dev/null}, expand_partition: {}}", "layout: /dev/null is no partition"),
