@@ -262,11 +262,14 @@ def _main(descriptor: int, boot: Boot, asked: Asked) -> NoReturn:
         except (ImmucoreError, OSError) as error:
             teller.send("failed", f"stage {stage}", stage, "", f"cannot do stage {stage}: {told(error)}")
         except Exception as error:  # noqa: BLE001  a bug too has to be told in one sentence
-            bug = f"this is a bug in immucore: {type(error).__name__}: {error}"
-            teller.send("failed", f"stage {stage}", stage, "", bug)
+            teller.send("failed", f"stage {stage}", stage, "", _bug(error))
         status = 0
     finally:
         os._exit(status)
+
+
+def _bug(error: Exception) -> str:
+    return f"this is a bug in immucore: {type(error).__name__}: {error}"
 
 
 def _stopped(_number: int, _frame: object) -> None:
@@ -304,10 +307,11 @@ def _do(teller: _Teller, boot: Boot, asked: Asked) -> None:
         for path in _listed(teller, root, stage, asked.directories):
             try:
                 wanted = stages.steps_of(_documents(root, path, read), sub_stage)
-            except ImmucoreError as error:
-                if error.message not in told_already:
-                    told_already.add(error.message)
-                    teller.send("failed", path, sub_stage, "", error.message)
+            except Exception as error:  # noqa: BLE001  what nobody thought of costs this file alone
+                why = told(error) if isinstance(error, ImmucoreError | OSError) else _bug(error)
+                if why not in told_already:
+                    told_already.add(why)
+                    teller.send("failed", path, sub_stage, "", why)
                 continue
             _do_steps(teller, steps, wanted)
         for problem in problems:
@@ -341,7 +345,7 @@ def _do_steps(teller: _Teller, steps: stage_steps.Steps, wanted: list[stages.Ste
         try:
             did = steps.do(step)
         except Exception as error:  # noqa: BLE001  what nobody thought of costs this step alone
-            teller.failed(step, f"this is a bug in immucore: {type(error).__name__}: {error}")
+            teller.failed(step, _bug(error))
             continue
         if did and teller.failures == before:
             teller.send("done", step.place.name, step.stage, step.name)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from immucore import report, stage_boot
+from immucore import cmdline, observe, report, stage_boot, stages
 from immucore.boot import Boot
 from immucore.devices import Wanted
+from immucore.layouts import cos
 
 
 @pytest.fixture
@@ -129,6 +130,36 @@ def test_a_second_run_does_no_stage_again(
     Path(report.stage_marker("initramfs")).write_text('{"key": 3')
     assert run(Boot(), "passive 1") == failure
     assert (tmp_path / "ran").read_text() == "xxx"
+
+
+def test_a_full_run_is_no_failed_boot(boot: Boot, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> str:
+        raise OSError(28, "No space left on device", "/run/cos")
+
+    monkeypatch.setattr(observe, "stage_files", lambda *_: ["/oem/x.yaml"])
+    monkeypatch.setattr(boot.kernel, "write_file", full)
+    boot._stage("rootfs", cos, cmdline.parse(b"root=LABEL=COS_ACTIVE cos-img/filename=/cOS/active.img"))
+    assert report.degraded(boot.record) == [
+        "stage rootfs: cannot do stage rootfs: /run/cos: No space left on device"
+    ]
+
+
+def test_a_file_that_nobody_can_read_as_it_was_thought_costs_itself(
+    boot: Boot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def steps_of(documents: list[str], _stage: str) -> list[stages.Step]:
+        if documents == ["bad"]:
+            raise OverflowError("too much")
+        return []
+
+    monkeypatch.setattr(stage_boot, "_os_release", dict)
+    monkeypatch.setattr(stage_boot, "_enter_new_root", lambda _: None)
+    monkeypatch.setattr(stage_boot, "_listed", lambda *_: ["/oem/bad.yaml", "/oem/good.yaml"])
+    monkeypatch.setattr(
+        stage_boot, "_documents", lambda _root, path, _read: [path[5:].removesuffix(".yaml")]
+    )
+    monkeypatch.setattr(stages, "steps_of", steps_of)
+    assert run(boot) == ["/oem/bad.yaml: this is a bug in immucore: OverflowError: too much"]
 
 
 def test_what_cannot_be_taken_back_is_logged(boot: Boot, monkeypatch: pytest.MonkeyPatch) -> None:
