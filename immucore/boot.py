@@ -134,6 +134,8 @@ class Boot:
                 failure = from_kernel(error) if isinstance(error, OSError) else error
                 self.failures.append(report.Failure(mode=layout.mode(slot), error=failure))
                 self.log.error(f"cannot boot {layout.mode(slot)}: {failure.message}")
+                if isinstance(failure, LayoutError):  # somebody corrects what a stage has written of it
+                    self._put_back(report.stage_marker("rootfs"), "")
                 if len(attempts) > 1:
                     self.take_back()
                 if isinstance(failure, AmbiguousError):
@@ -146,8 +148,10 @@ class Boot:
         if slot.safe:
             return
         directories = observe.STAGES[name]
+        # Words for a stage of the booted system are its agent's; those that are none have to be named.
+        words = tuple(each for each in slot.stages if cmdline.stage_of(each[0]) in (name, ""))
         try:
-            wanted = bool(slot.stages or observe.stage_files(SYSROOT, directories))
+            wanted = bool(words or observe.stage_files(SYSROOT, directories))
         except OSError:
             wanted = True  # the stage will meet it too, and tell
         if not wanted:
@@ -155,28 +159,43 @@ class Boot:
         from immucore import stage_boot  # imports PyYAML and half the library
 
         # Everybody's files ask for them: [ -f /run/cos/recovery_mode ]. A boot that fails takes them back.
-        for each in layout.sentinels(slot):
-            self.kernel.write_file(each.target, each.content)
-            self.early.append(each.target)
-        if name == "rootfs":
-            self.layouts = {path: observe.text(path) for path in observe.RUN_LAYOUTS}
-        stage_boot.run(self, name, directories, slot.stages)
+        try:
+            for each in layout.sentinels(slot):
+                self.early.append(each.target)
+                self.kernel.write_file(each.target, each.content)
+            if name == "rootfs":
+                self.layouts = {path: observe.whole(path) for path in observe.RUN_LAYOUTS}
+        except OSError as error:
+            stage_boot.leave_out(self, name, error)
+            return
+        key = f"{layout.mode(slot)} {observe.identity(*layout.image_file(slot))}"
+        state = layout.root_devices(slot)[0]
+        stage_boot.run(
+            self, stage_boot.Asked(stage=name, directories=directories, words=words, state=state, key=key)
+        )
         if name == "rootfs" and self.devices.all:
             self.devices = observe.devices(self.cmdline.boot_disk)  # a step may have changed them
 
     def _withdraw_sentinels(self) -> None:
         for path in self.early:
-            self.kernel.remove_file(path)
+            self._put_back(path, "")
         self.early = []
 
     def _restore_layouts(self) -> None:
         """Leave nothing to the next slot of what the stages of this one have written for themselves."""
         for path, content in self.layouts.items():
+            self._put_back(path, content)
+        self.layouts = {}
+
+    def _put_back(self, path: str, content: str) -> None:
+        """Make a file what it was; one that cannot be is no reason to give a boot up that can go on."""
+        try:
             if content:
                 self.kernel.write_file(path, content)
             else:
                 self.kernel.remove_file(path)
-        self.layouts = {}
+        except OSError as error:
+            self.log.error(f"cannot make {path} what it was before the stages: {error.strerror}")
 
     def _tell_boot_loader(self, layout: ModuleType) -> None:
         """Have another slot booted with its own kernel: when that is asked for, or none fits this kernel."""
@@ -204,6 +223,8 @@ class Boot:
         """
         self._withdraw_sentinels()
         self._restore_layouts()
+        for name in observe.STAGES:
+            self._put_back(report.stage_marker(name), "")
         again = any(
             isinstance(step.operation, Loop) and step.outcome == linux.PRESENT for step in self.record
         )

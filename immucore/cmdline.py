@@ -280,6 +280,13 @@ def parse(line: bytes) -> Cmdline:
     return Cmdline(**values, stages=tuple(stages), warnings=tuple(warnings))
 
 
+def stage_of(key: str) -> str:
+    """Name the stage that a `stages.…` word is for, without .before and .after; empty where it has none."""
+    rest = key.removeprefix("stages.").removeprefix('"')
+    end = next((number for number, character in enumerate(rest) if character in '."[]'), len(rest))
+    return rest[:end]
+
+
 # What is shown of other people's command line. By name, because nobody can tell a secret by its looks.
 _NAMES = """
     boot_image cos_img/filename elemental.image elemental.mode elemental.overlay elemental.oemlabel

@@ -118,6 +118,12 @@ def read(text: str, name: str) -> list[Node]:
         raise _unreadable(Place(name), f"it is no YAML ({type(error).__name__})") from None
 
 
+def forbidden(text: str) -> str:
+    """Say what a text has that no file, no name and no program can be given; empty where it has nothing."""
+    bad = next((each for each in text if each == "\0" or "\ud800" <= each <= "\udfff"), "")
+    return f"the character #x{ord(bad):04x} is not allowed" if bad else ""
+
+
 def _unreadable(place: Place, why: str) -> DocumentError:
     return DocumentError(
         f"cannot read {place}: {why}", hint=f"correct {place.name}; until then nothing in it is done"
@@ -183,6 +189,8 @@ class _Composer:
             self._check(size, event)
             if key.text is None:
                 raise _unreadable(key.place, f"{key.kind} cannot be a key")
+            if why := forbidden(key.text):
+                raise _unreadable(key.place, why)
             if key.text == MERGE and key.plain:
                 merged += value.items if value.items is not None else [value]
             elif key.text in keys:

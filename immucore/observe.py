@@ -42,6 +42,32 @@ def text(path: str, *, missing: str = "") -> str:
     return content.decode("utf-8", "surrogateescape")
 
 
+def whole(path: str) -> str:
+    """Read a file that is about to be written back; "" if there is none.
+
+    Raises OSError (EFBIG) for one of more than MAX_FILE_BYTES: its end would be lost.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return ""
+    try:
+        return whole_of(descriptor).decode("utf-8", "surrogateescape")
+    except OSError as error:
+        error.filename = path
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def whole_of(descriptor: int) -> bytes:
+    """Read an open file likewise."""
+    content = _all(descriptor, MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    return content
+
+
 def _all(descriptor: int, limit_bytes: int = MAX_FILE_BYTES) -> bytes:
     content = b""
     while block := os.read(descriptor, min(BLOCK_BYTES, limit_bytes - len(content))):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -85,66 +86,30 @@ def run(
 
 
 class Child:
-    """A program that runs beside the agent, with `typed` on its standard input, or nothing.
+    """A program that runs beside the agent, with nothing on its standard input."""
 
-    One that is `apart` is in a session of its own, with all that it starts.
-    """
-
-    def __init__(
-        self,
-        argv: Sequence[str],
-        *,
-        environment: Mapping[str, str] | None = None,
-        apart: bool = False,
-        typed: bytes = b"",
-    ) -> None:
+    def __init__(self, argv: Sequence[str]) -> None:
         """Start it. Raises OSError."""
-        self._apart = apart
         self._output = os.memfd_create(
             argv[0], os.MFD_CLOEXEC
         )  # a pipe that nobody reads would fill and stop it
-        given = -1
         try:
-            if typed:
-                given = os.memfd_create("input", os.MFD_CLOEXEC)
-                os.pwrite(given, typed, 0)
             self._child = subprocess.Popen(
                 argv,
-                stdin=given if typed else subprocess.DEVNULL,
+                stdin=subprocess.DEVNULL,
                 stdout=self._output,
                 stderr=subprocess.STDOUT,
-                env={**ENVIRONMENT, **(environment or {})},
-                start_new_session=apart,
+                env=ENVIRONMENT,
             )
         except BaseException:
             os.close(self._output)
             raise
-        finally:
-            if given >= 0:
-                os.close(given)
 
     def finished(self) -> Finished | None:
         """Return how it ended, once; None while it runs."""
         if self._child.poll() is None:
             return None
         return self._result(self._child.returncode)
-
-    def wait(self, timeout_sec: float) -> Finished | None:
-        """Return how it ended, once; None where it has not until then."""
-        try:
-            return self._result(self._child.wait(timeout_sec))
-        except subprocess.TimeoutExpired:
-            return None
-
-    def kill(self) -> Finished:
-        """End it at once, and where it is apart, all that it has started."""
-        if self._apart:
-            with contextlib.suppress(
-                ProcessLookupError
-            ):  # its own process is not reaped yet: no other has it
-                os.killpg(self._child.pid, signal.SIGKILL)
-        self._child.kill()
-        return self._result(self._child.wait())
 
     def _result(self, status: int) -> Finished:
         size = os.fstat(self._output).st_size
@@ -165,6 +130,30 @@ class Child:
         return self._result(self._child.returncode)
 
 
+class _Tail:
+    """The end of what comes out of a pipe. Closed, it ends what still writes to it."""
+
+    def __init__(self) -> None:
+        self.read, self.write = os.pipe()
+        os.set_blocking(self.read, False)
+        self._kept = b""
+
+    def take(self) -> bool:
+        """Take what is there, up to what a pipe holds; False at its end."""
+        try:
+            block = os.read(self.read, MAX_OUTPUT_BYTES)
+        except BlockingIOError:
+            return True
+        self._kept = (self._kept + block)[-MAX_OUTPUT_BYTES:]
+        return bool(block)
+
+    def close(self) -> str:
+        """Return the end of it."""
+        self.take()
+        os.close(self.read)
+        return self._kept.decode("utf-8", "replace")
+
+
 def run_apart(
     argv: Sequence[str],
     *,
@@ -176,25 +165,92 @@ def run_apart(
 ) -> Finished:
     """Run somebody's command to its end, as run() does; what it leaves in the background is not waited for.
 
-    When its time is over, all that it has started is killed. Raises OSError when it cannot be started.
+    It is in a session of its own: when its time is over, all that it has started is killed. Raises OSError
+    when it cannot be started.
     """
     started = time.monotonic()
-    child = Child(argv, environment=environment, apart=True, typed=typed)
+    tail = _Tail()
     try:
-        while True:
-            taken_sec = time.monotonic() - started
-            finished = child.wait(max(0.0, min(timeout_sec - taken_sec, every_sec)))
-            if finished is not None:
-                return finished
-            if time.monotonic() - started >= timeout_sec:
-                said = child.kill().output
-                return Finished(status=TIMED_OUT, output=f"{said}\nit took longer than {timeout_sec:g} s")
-            if meanwhile is not None:
-                meanwhile(time.monotonic() - started)
+        child = _start_apart(argv, tail, environment, typed)
     except BaseException:
-        with contextlib.suppress(OSError):
-            child.kill()
+        tail.close()
         raise
+    try:
+        ended = _ended(child, tail, started + timeout_sec, _every(started, every_sec, meanwhile))
+    except BaseException:
+        _kill(child)
+        tail.close()
+        raise
+    if not ended:
+        _kill(child)
+        return Finished(status=TIMED_OUT, output=f"{tail.close()}\nit took longer than {timeout_sec:g} s")
+    status = child.wait()
+    return Finished(status=status if status >= 0 else 128 - status, output=tail.close())
+
+
+def _start_apart(
+    argv: Sequence[str], tail: _Tail, environment: Mapping[str, str] | None, typed: bytes
+) -> subprocess.Popen[bytes]:
+    given = os.memfd_create("input", os.MFD_CLOEXEC) if typed else -1
+    try:
+        if typed:
+            os.pwrite(given, typed, 0)
+        return subprocess.Popen(
+            argv,
+            stdin=given if typed else subprocess.DEVNULL,
+            stdout=tail.write,
+            stderr=subprocess.STDOUT,
+            env={**ENVIRONMENT, **(environment or {})},
+            start_new_session=True,
+        )
+    finally:
+        os.close(tail.write)
+        if typed:
+            os.close(given)
+
+
+def _every(
+    started: float, every_sec: float, meanwhile: Callable[[float], None] | None
+) -> Callable[[], float]:
+    """Return what calls `meanwhile` when it is time, and says how long it is until then."""
+    told = started
+
+    def tell() -> float:
+        nonlocal told
+        now = time.monotonic()
+        if now - told >= every_sec:
+            told = now
+            if meanwhile is not None:
+                meanwhile(now - started)
+        return told + every_sec - now
+
+    return tell
+
+
+def _ended(child: subprocess.Popen[bytes], tail: _Tail, deadline: float, tell: Callable[[], float]) -> bool:
+    """Wait for a program, and take what it prints; False where there is no time any more."""
+    end = os.pidfd_open(child.pid)
+    try:
+        poll = select.poll()
+        poll.register(end, select.POLLIN)
+        poll.register(tail.read, select.POLLIN)
+        while (left_sec := deadline - time.monotonic()) > 0:
+            ready = {descriptor for descriptor, _ in poll.poll(max(0.0, min(left_sec, tell())) * 1000 + 1)}
+            if tail.read in ready and not tail.take():
+                poll.unregister(tail.read)
+            if end in ready:
+                return True
+        return False
+    finally:
+        os.close(end)
+
+
+def _kill(child: subprocess.Popen[bytes]) -> None:
+    """End a program that is apart at once, with all that it has started."""
+    with contextlib.suppress(ProcessLookupError):  # its own process is not reaped yet: no other has it
+        os.killpg(child.pid, signal.SIGKILL)
+    child.kill()
+    child.wait()
 
 
 def shell(consoles: str = "/sys/class/tty/console/active") -> None:

@@ -46,6 +46,11 @@ class Failure(Record):
     error: ImmucoreError
 
 
+def stage_marker(stage: str) -> str:
+    """Name the file that says that a cloud-init stage was done, for what, and what became of it."""
+    return f"{DIRECTORY}/stage-{stage}.json"
+
+
 def why_not(failures: list[Failure]) -> str:
     """Say why other slots than the one that is booted were not."""
     return "; ".join(dict.fromkeys(f"{each.mode}: {each.error.message}" for each in failures))

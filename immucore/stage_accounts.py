@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import stat
+from contextlib import ExitStack, suppress
 
-from immucore import observe
+from immucore import observe, syscalls
 from immucore.documents import NOTHING, DocumentError, read
 from immucore.stage_tools import StepError, command, together, write
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from immucore.stage_keys import User
 
 PASSWD, GROUP = "/etc/passwd", "/etc/group"
+KEYS = "authorized_keys"
+AT_FDCWD = -100
 # kind of an entity → its file, and its fields in the order of a line (github.com/mudler/entities)
 ENTITIES = {
     "user": (PASSWD, ("username", "password", "uid", "gid", "info", "homedir", "shell")),
@@ -33,7 +37,7 @@ ENTITIES = {
 
 def table(path: str) -> dict[str, list[str]]:
     """Read a file of colon-separated fields by the first of them."""
-    lines = [line.split(":") for line in observe.text(path).split("\n") if ":" in line]
+    lines = [line.split(":") for line in observe.whole(path).split("\n") if ":" in line]
     return {fields[0]: fields for fields in lines}
 
 
@@ -104,24 +108,82 @@ def add_authorized_keys(keys: Mapping[str, tuple[str, ...]]) -> None:
         fields = table(PASSWD).get(name, [])
         if len(fields) < 6:
             raise StepError(f"there is no user {name}")
-        owner = int(fields[2]), int(fields[3])
-        directory = os.path.realpath(f"{fields[5]}/.ssh")
-        if not os.path.isdir(directory):
-            os.makedirs(directory, 0o700)
-            os.chown(directory, *owner)
-        path = f"{directory}/authorized_keys"
-        there = observe.text(path).split("\n")
-        new = [each.strip() for each in listed if each.strip() not in there and _is_key(each)]
-        lines = [line for line in [*there, *new] if line]
-        if new:
-            content = "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")
-            write(path, content, 0o600, owner)
+        _add_keys(fields[5], (int(fields[2]), int(fields[3])), [each for each in listed if _is_key(each)])
         if elsewhere := [each for each in listed if not _is_key(each)]:
             raise StepError(
                 f"the keys of {', '.join(elsewhere)} are not fetched: there is no network in an initramfs"
             )
 
     together(one, keys.items())
+
+
+def _add_keys(home: str, owner: tuple[int, int], keys: list[str]) -> None:
+    """Put keys into a user's file. Whatever the user has made of the own home: nothing there is followed."""
+    real = _without_symlinks(home)
+    os.makedirs(real, exist_ok=True)
+    with ExitStack() as opened:
+
+        def hold(directory: int, name: str, flags: int) -> int:
+            descriptor = syscalls.openat2(directory, name, flags, syscalls.RESOLVE_NO_SYMLINKS)
+            opened.callback(os.close, descriptor)
+            return descriptor
+
+        try:
+            top = hold(AT_FDCWD, real, os.O_PATH | os.O_DIRECTORY)
+            try:
+                ssh = hold(top, ".ssh", os.O_RDONLY | os.O_DIRECTORY)
+            except FileNotFoundError:
+                os.mkdir(".ssh", 0o700, dir_fd=top)
+                ssh = hold(top, ".ssh", os.O_RDONLY | os.O_DIRECTORY)
+                os.fchown(ssh, *owner)
+            mode, there = 0o600, b""
+            try:
+                file = hold(ssh, KEYS, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+            except FileNotFoundError:
+                pass
+            else:
+                status = os.fstat(file)
+                if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+                    raise StepError(f"{home}/.ssh/{KEYS} is no file, or one with another name")
+                # A file of root's that the user has put there stays root's.
+                mode, owner = stat.S_IMODE(status.st_mode), (status.st_uid, status.st_gid)
+                there = observe.whole_of(file)
+            lines = [line for line in there.decode("utf-8", "surrogateescape").split("\n") if line]
+            new = [key.strip() for key in keys if key.strip() not in lines]
+            if new:
+                content = "".join(f"{line}\n" for line in [*lines, *new])
+                _replace(ssh, content.encode("utf-8", "surrogateescape"), mode, owner)
+        except OSError as error:
+            raise StepError(f"{home}/.ssh/{KEYS}: {error.strerror}") from None
+
+
+def _replace(ssh: int, content: bytes, mode: int, owner: tuple[int, int]) -> None:
+    """Write the file of the keys beside it, and give it its name."""
+    new = f".{KEYS}.new"
+    with suppress(FileNotFoundError):
+        os.unlink(new, dir_fd=ssh)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(new, flags, 0o600, dir_fd=ssh), "wb") as file:
+        file.write(content)
+        os.fchown(file.fileno(), *owner)
+        os.fchmod(file.fileno(), mode)
+    os.rename(new, KEYS, src_dir_fd=ssh, dst_dir_fd=ssh)
+
+
+def _without_symlinks(home: str, left: int = observe.MAX_LINKS) -> str:
+    """Take the symlinks out of the path of a home, such as /home itself in some images: only root's."""
+    real = "/"
+    for number, name in enumerate(parts := home.split("/")):
+        below = os.path.join(real, name)
+        if name == ".." or not left:
+            raise StepError(f"{home} is no path of a home")
+        if os.path.islink(below):
+            if os.lstat(below).st_uid:
+                raise StepError(f"{below} is a symlink that is not root's")
+            target = os.path.normpath(os.path.join(real, os.readlink(below)))
+            return _without_symlinks("/".join([target, *parts[number + 1 :]]), left - 1)
+        real = below if name not in ("", ".") else real
+    return real
 
 
 def _is_key(text: str) -> bool:
@@ -150,7 +212,7 @@ def _ensure(item: tuple[str, str]) -> None:
     if not line[0] or any(":" in field or "\n" in field for field in line):
         raise DocumentError(f"a {kind} needs a {fields[0]}, and no field has a colon or a line end")
     path = path or default
-    there = observe.text(path)
+    there = observe.whole(path)
     lines = [each for each in there.split("\n") if each]
     whole = ":".join(line)
     at = next((number for number, each in enumerate(lines) if each.split(":")[0] == line[0]), len(lines))

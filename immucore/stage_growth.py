@@ -10,20 +10,41 @@ import fcntl
 import os
 import re
 import struct
+import time
 
-from immucore import growth, observe, superblock, syscalls
+from immucore import assemble, growth, observe, superblock, syscalls
+from immucore.devices import HOME_ONLY, Wanted
 from immucore.stage_tools import StepError, command
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from immucore.devices import Device, Devices
 
 SECTOR_BYTES = 512  # sysfs counts in these, whatever the disk's own are
 BLKPG, BLKPG_RESIZE_PARTITION = 0x1269, 3  # linux/blkpg.h; struct blkpg_ioctl_arg, blkpg_partition
+BY_LABEL = "/dev/disk/by-label/"  # udev's, which may be of any disk
+WAIT_SEC = 30  # from the start of the initramfs
 MIB = 1 << 20
 TABLE_BYTES = 2 * MIB  # what the start of the disk, the backup of its table and alignment may take
 
 
-def expand(asked: tuple[str, str, int]) -> None:
-    """Grow a partition, named by (label or path, value, MiB or 0 for all there is). Raises StepError."""
+def expand(asked: tuple[str, str, int], find: Callable[[str], Device | None]) -> str:
+    """Grow a partition, named by (label or path, value, MiB or 0 for all there is).
+
+    `find` gives the one with a label. Returns what somebody should know of what was not done. Raises
+    StepError.
+    """
     kind, value, size_mib = asked
-    source = _labelled(value) if kind == "label" else os.path.realpath(value)
+    if value.startswith(BY_LABEL):
+        kind, value = "label", observe.decode(value.removeprefix(BY_LABEL))
+    if kind == "label":
+        found = find(value)
+        if found is None:
+            return ""
+        value = found.path
+    source = os.path.realpath(value)
     name = os.path.basename(source)
     place = os.path.realpath(f"/sys/class/block/{name}")
     if not os.path.exists(f"{place}/partition"):
@@ -41,15 +62,29 @@ def expand(asked: tuple[str, str, int]) -> None:
         device = f"/dev/{os.path.basename(disk)}"
         command("sfdisk", *options, "-N", str(number), device, typed=f",{size}\n")
         _tell_kernel(device, number)
-    _grow_file_system(source)
+    return _grow_file_system(source)
 
 
-def _labelled(label: str) -> str:
-    """Find the partition with a label, as a boot would; nothing is guessed of several."""
-    found = observe.devices().candidates(f"LABEL={label}")
-    if len(found) != 1:
-        raise StepError(f"{len(found) or 'no'} file systems are labelled {label}")
-    return os.path.realpath(found[0].path)
+def labelled(
+    label: str, state: Wanted, look: Callable[[], Devices], wait: Callable[[Wanted], Devices] | None
+) -> Device | None:
+    """Choose the partition with a label as a boot does, and only on the disks of the partition `state`.
+
+    None where it is in a LUKS container there, which is not grown. Raises DeviceError and StepError.
+    """
+    wanted = Wanted(spec=f"LABEL={label}", timeout_sec=WAIT_SEC, near=state.spec, home=HOME_ONLY)
+    devices = look()
+    if any(assemble.containers(devices, (wanted,))):
+        return None
+    if wait and devices.unsettled(wanted):
+        devices = wait(wanted)
+    near = devices.answers(state)
+    if len(near) != 1:
+        raise StepError(f"nobody knows the disk that {label} has to be on: there is no one {state.spec}")
+    if any(assemble.containers(devices, (wanted,))):
+        return None
+    found: Device = devices.find(wanted.spec, near=near[0], home_only=True)
+    return found
 
 
 def _number(path: str) -> int:
@@ -86,12 +121,16 @@ def _tell_kernel(device: str, number: int) -> None:
         os.close(disk)
 
 
-def _grow_file_system(source: str) -> None:
-    """Let a file system fill its partition, by a mount of it that nobody sees."""
-    fstype = superblock.identify(source).fstype
-    if not fstype:
+def _grow_file_system(source: str) -> str:
+    """Let a file system fill its partition, by a mount that nobody sees; say why it is left as it is."""
+    found = superblock.identify(source)
+    if not found.fstype:
         raise StepError(f"no file system is known on {source}")
-    tree = syscalls.detached_mount(source, fstype, read_only=False)
+    if found.claimed_bytes > _size_bytes(source) - found.block_bytes:
+        return ""
+    if why := superblock.damage(source, found.fstype, time.time()):
+        return f"{source} {why}: it is not grown before it was checked"
+    tree = syscalls.detached_mount(source, found.fstype, read_only=False)
     try:
         growth.grow(source, f"/proc/self/fd/{tree}")
     except OSError as error:
@@ -99,3 +138,12 @@ def _grow_file_system(source: str) -> None:
         raise
     finally:
         os.close(tree)
+    return ""
+
+
+def _size_bytes(source: str) -> int:
+    descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.lseek(descriptor, 0, os.SEEK_END)
+    finally:
+        os.close(descriptor)

@@ -9,13 +9,15 @@ import binascii
 import re
 import zlib
 
-from immucore.documents import MAPPING, SCALAR, SEQUENCE, DocumentError, Node
+from immucore.documents import MAPPING, SCALAR, SEQUENCE, DocumentError, Node, forbidden
 from immucore.values import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import Any
+
+    Reader = Callable[[Node, list[str]], Any]  # takes down the keys within that nobody knows
 
 MAX_CONTENT_BYTES = 64 << 20  # of a file, unpacked: its memory is the initramfs'
 CONDITIONS = ("if", "only_os", "only_os_version", "only_arch", "only_service_manager", "node", "if_files")
@@ -86,8 +88,8 @@ def text_of(node: Node) -> str:
     """Return a text, likewise; one without a value is empty."""
     if node.text is None:
         raise _wrong(node, f"it has to be {SCALAR}, and is {node.kind}")
-    if "\0" in node.text:
-        raise _wrong(node, "it has a zero byte")
+    if why := forbidden(node.text):
+        raise _wrong(node, why)
     return "" if node.is_nothing else node.text
 
 
@@ -147,24 +149,28 @@ def _wanted(keys: dict[str, Node], key: str, node: Node) -> Node:
     return keys[key]
 
 
-def _only(node: Node, keys: dict[str, Node], known: Iterable[str]) -> None:
-    for key, value in keys.items():
-        if key not in known:
-            raise _wrong(value, f"there is no such key as {key}:")
+def _only(keys: dict[str, Node], known: Iterable[str], unknown: list[str]) -> None:
+    """Note keys that this agent does nothing with: a mistyped one is no reason to lose what it stands in."""
+    unknown += [f"{value.place}: {key}" for key, value in keys.items() if key not in known]
 
 
-def _files(node: Node) -> tuple[File, ...]:
-    return tuple(_file(each, with_content=True) for each in sequence(node))
+def _plain(read: Callable[[Node], Any]) -> Reader:
+    """Make a reader of what has no keys of its own."""
+    return lambda node, _: read(node)
 
 
-def _directories(node: Node) -> tuple[File, ...]:
-    return tuple(_file(each, with_content=False) for each in sequence(node))
+def _files(node: Node, unknown: list[str]) -> tuple[File, ...]:
+    return tuple(_file(each, unknown, with_content=True) for each in sequence(node))
 
 
-def _file(node: Node, *, with_content: bool) -> File:
+def _directories(node: Node, unknown: list[str]) -> tuple[File, ...]:
+    return tuple(_file(each, unknown, with_content=False) for each in sequence(node))
+
+
+def _file(node: Node, unknown: list[str], *, with_content: bool) -> File:
     keys = _given(node)
     known = ("path", "permissions", "owner", "group", "owner_string")
-    _only(node, keys, (*known, "content", "encoding") if with_content else known)
+    _only(keys, (*known, "content", "encoding") if with_content else known, unknown)
     content = None
     if with_content:
         text = text_of(keys["content"]) if "content" in keys else ""
@@ -204,8 +210,8 @@ def _decoded(text: str, encoding: str, where: Node, node: Node) -> bytes:
     return data
 
 
-def _users(node: Node) -> tuple[User, ...]:
-    return tuple(_user(name, each) for name, each in mapping(node).items())
+def _users(node: Node, unknown: list[str]) -> tuple[User, ...]:
+    return tuple(_user(name, each, unknown) for name, each in mapping(node).items())
 
 
 # key → option of useradd(8), with a value
@@ -216,9 +222,9 @@ _FLAGS |= {"no_log_init": "--no-log-init"}
 _ACCOUNT = ("name", "passwd", "lock_passwd", "groups", "ssh_authorized_keys", *_OPTIONS, *_FLAGS)
 
 
-def _user(name: str, node: Node) -> User:
+def _user(name: str, node: Node, unknown: list[str]) -> User:
     keys = {} if node.is_nothing else _given(node)
-    _only(node, keys, _ACCOUNT)
+    _only(keys, _ACCOUNT, unknown)
     name = text_of(keys["name"]) if "name" in keys else name
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}\$?", name):
         raise _wrong(node, f"'{name[:60]}' is no name of a user")
@@ -253,12 +259,12 @@ def _groups(node: Node) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _entities(node: Node) -> tuple[tuple[str, str], ...]:
+def _entities(node: Node, unknown: list[str]) -> tuple[tuple[str, str], ...]:
     """Read (path, entity) pairs; the entity is a YAML text of its own."""
     found = []
     for each in sequence(node):
         keys = mapping(each)
-        _only(each, keys, ("path", "entity"))
+        _only(keys, ("path", "entity"), unknown)
         found.append((_path(keys["path"]) if "path" in keys else "", text_of(_wanted(keys, "entity", each))))
     return tuple(found)
 
@@ -266,9 +272,9 @@ def _entities(node: Node) -> tuple[tuple[str, str], ...]:
 _VERBS = ("enable", "disable", "mask", "start")
 
 
-def _systemctl(node: Node) -> Systemctl:
+def _systemctl(node: Node, unknown: list[str]) -> Systemctl:
     keys = _given(node)
-    _only(node, keys, (*_VERBS, "overrides"))
+    _only(keys, (*_VERBS, "overrides"), unknown)
     verbs = tuple((verb, _texts(keys[verb])) for verb in _VERBS if verb in keys)
     for verb, units in verbs:
         for unit in units:
@@ -277,7 +283,7 @@ def _systemctl(node: Node) -> Systemctl:
     overrides = []
     for each in sequence(keys["overrides"]) if "overrides" in keys else ():
         within = mapping(each)
-        _only(each, within, ("service", "name", "content"))
+        _only(within, ("service", "name", "content"), unknown)
         name = text_of(within["name"]) if "name" in within else "override-yip.conf"
         service = text_of(_wanted(within, "service", each))
         if "/" in service + name:
@@ -293,16 +299,18 @@ def _systemctl(node: Node) -> Systemctl:
     return Systemctl(verbs=verbs, overrides=tuple(overrides))
 
 
-def _dns(node: Node) -> dict[str, tuple[str, ...]]:
+def _dns(node: Node, unknown: list[str]) -> dict[str, tuple[str, ...]]:
     keys = _given(node)
-    _only(node, keys, ("nameservers", "search", "options", "path"))
-    return {key: (_path(each),) if key == "path" else _texts(each) for key, each in keys.items()}
+    known = ("nameservers", "search", "options", "path")
+    _only(keys, known, unknown)
+    given = {key: keys[key] for key in known if key in keys}
+    return {key: (_path(each),) if key == "path" else _texts(each) for key, each in given.items()}
 
 
-def _layout(node: Node) -> tuple[str, str, int]:
+def _layout(node: Node, unknown: list[str]) -> tuple[str, str, int]:
     """Read (label of a partition, or path of a device, what to make of its size in MiB; 0: all there is)."""
     keys = mapping(node)
-    _only(node, keys, ("device", "expand_partition"))  # add_partitions is for an installer
+    _only(keys, ("device", "expand_partition"), unknown)  # add_partitions is for an installer
     device = _map(_wanted(keys, "device", node))
     if len(found := [device[key] for key in ("label", "path") if device.get(key)]) != 1:
         raise _wrong(keys["device"], "it needs a label: or a path:")
@@ -313,29 +321,31 @@ def _layout(node: Node) -> tuple[str, str, int]:
 
 def _if_files(node: Node) -> dict[str, tuple[str, ...]]:
     keys = mapping(node)
-    _only(node, keys, ("any", "all", "none"))
+    for key, value in keys.items():
+        if key not in ("any", "all", "none"):
+            raise _wrong(value, f"there is no such key as {key}:")
     return {key: _texts(each) for key, each in keys.items()}
 
 
 IF: dict[str, Callable[[Node], Any]] = dict.fromkeys(CONDITIONS, _pattern)
 IF |= {"if": text_of, "if_files": _if_files}
 # In yip's order, which is that in which a step does them.
-READERS: dict[str, Callable[[Node], Any]] = {
+READERS: dict[str, Reader] = {
     "dns": _dns,
-    "groups": _groups,
+    "groups": _plain(_groups),
     "ensure_entities": _entities,
     "directories": _directories,
     "files": _files,
-    "commands": _commands,
-    "hostname": text_of,
-    "sysctl": _map,
+    "commands": _plain(_commands),
+    "hostname": _plain(text_of),
+    "sysctl": _plain(_map),
     "users": _users,
-    "authorized_keys": _authorized_keys,
-    "modules": _texts,
-    "timesyncd": _map,
+    "authorized_keys": _plain(_authorized_keys),
+    "modules": _plain(_texts),
+    "timesyncd": _plain(_map),
     "systemctl": _systemctl,
-    "environment": _map,
-    "environment_file": _path,
-    "systemd_firstboot": _map,
+    "environment": _plain(_map),
+    "environment_file": _plain(_path),
+    "systemd_firstboot": _plain(_map),
     "layout": _layout,
 }

@@ -41,7 +41,7 @@ def together(do: Callable[[Value], None], values: Iterable[Value]) -> None:
     for value in values:
         try:
             do(value)
-        except (ImmucoreError, OSError) as error:
+        except (ImmucoreError, OSError, ValueError) as error:
             failures.append(told(error))
     if failures:
         raise StepError("; ".join(failures))
@@ -120,7 +120,7 @@ def write_environment(path: str, values: Mapping[str, str]) -> None:
     for name in values:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise StepError(f"'{name[:80]}' is no name of a variable")
-    whole = {**envfile.parse(observe.text(path), path), **values}
+    whole = {**envfile.parse(observe.whole(path), path), **values}
     write(path, "".join(f"{name}={_quoted(value)}\n" for name, value in whole.items()).encode())
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from immucore.documents import DocumentError, Node, Place
+from immucore.documents import MAX_DEPTH, DocumentError, Node, Place, forbidden
 from immucore.stage_keys import CONDITIONS, IF, READERS, mapping, sequence, text_of
 from immucore.values import Record
 
@@ -66,7 +66,7 @@ def _step(node: Node, stage: str, number: int) -> Step:
             elif key in CONDITIONS:
                 conditions[key] = IF[key](value)
             elif key in READERS:
-                keys[key] = READERS[key](value)
+                keys[key] = READERS[key](value, unknown)
             else:
                 unknown.append(f"{value.place}: {key}")
         except DocumentError as error:
@@ -94,37 +94,46 @@ def from_words(words: Iterable[tuple[str, str]]) -> tuple[list[Node], list[str]]
     for key, value in words:
         name = f"'{key}' on the kernel command line"
         path = _dotted(key)
-        here: Any = tree
-        for part in path[:-1]:
-            here = here.setdefault(part, {}) if isinstance(here, dict) else None
-        if not path or not isinstance(here, dict) or isinstance(here.get(path[-1]), dict):
+        if not path or not _fits(tree, path):
             problems.append(f"cannot read {name}: write stages.<stage>[0].<key>=<value>, each once")
-        else:
-            here[path[-1]] = Node(Place(name), text=value)
-    try:
-        return ([_node(tree, Place("the kernel command line"))] if tree else []), problems
-    except DocumentError as error:
-        return [], [*problems, error.message]
+            continue
+        here = tree
+        for part in path[:-1]:
+            here = here.setdefault(part, {})
+        here[path[-1]] = Node(Place(name), text=value)
+    return ([_node(tree, Place("the kernel command line"))] if tree else []), problems
+
+
+def _fits(tree: dict[Any, Any], path: list[str | int]) -> bool:
+    """Tell whether there is room for a text at a path: nothing on it is one, a list is no mapping."""
+    here: Any = tree
+    for part in path:
+        if not isinstance(here, dict):
+            return False
+        if here and _named(here) != isinstance(part, str):
+            return False
+        if part not in here:
+            return True
+        here = here[part]
+    return not isinstance(here, dict)
 
 
 def _dotted(key: str) -> list[str | int]:
     """Split `stages.rootfs.before[0].files[0].path`: the stage goes up to the first bracket."""
     match = re.fullmatch(r'stages\.("?)([a-z][a-z-]*(?:\.before|\.after)?)\1\[(\d{1,3})\]((?:\..+)?)', key)
-    if match is None:
+    if match is None or forbidden(key):
         return []
     path: list[str | int] = ["stages", match[2], int(match[3])]
     for part in re.finditer(r'\.(?:"([^"]+)"|([^.\[\]"]+))|\[(\d{1,3})\]|(.)', match[4]):
         if part[4]:
             return []
         path.append(int(part[3]) if part[3] else part[1] or part[2])
-    return path
+    return path if len(path) < MAX_DEPTH else []
 
 
 def _node(tree: Any, place: Place) -> Node:
     if isinstance(tree, Node):
         return tree
-    if not all(isinstance(key, int) == isinstance(next(iter(tree)), int) for key in tree):
-        raise DocumentError(f"cannot read {place}: the same key is a list and a mapping")
     within = {key: _node(tree[key], place) for key in sorted(tree, key=str if _named(tree) else int)}
     if _named(tree):
         return Node(place, keys=within)

@@ -185,7 +185,7 @@ def make_tree(root: Path, slot: str) -> Path:
         "tmp",
     ):
         (root / path).mkdir(parents=True)
-    (root / "etc/os-release").write_text('ID=cos\nVERSION_ID="1"\n')
+    (root / "etc/os-release").write_text('ID=cos\nPRETTY_NAME="Debian GNU/Linux 12"\nVERSION_ID="1"\n')
     (root / "etc/slot").write_text(slot)
     (root / "etc/fstab").write_text("# UNCONFIGURED FSTAB FOR BASE SYSTEM\n")
     (root / "sbin/init").write_text("#!/bin/sh\n")

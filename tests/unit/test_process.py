@@ -123,3 +123,35 @@ def test_what_a_command_is_given() -> None:
         environment={"ADDED": "x"},
     )
     assert finished == process.Finished(status=0, output="in /usr/sbin:/usr/bin:/sbin:/bin x\n")
+
+
+def test_what_a_command_prints_is_kept_to_its_end_and_no_longer(tmp_path: Path) -> None:
+    script = f"yes & echo $! >{tmp_path}/pid; head -c 3000000 /dev/zero; sleep 0.1; exit 3"
+    finished = process.run_apart(("/bin/sh", "-c", script), timeout_sec=30)
+    assert (finished.status, len(finished.output)) == (3, process.MAX_OUTPUT_BYTES)
+    deadline = time.monotonic() + 10
+    pid = (tmp_path / "pid").read_text().strip()
+    try:
+        while (
+            Path(f"/proc/{pid}/fd").exists() and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+        ):
+            assert time.monotonic() < deadline, "it writes on, into memory that nobody frees"
+            time.sleep(0.05)
+    finally:
+        process.run(["kill", "-9", pid])
+
+
+def test_a_command_that_never_stops_printing_has_its_deadline() -> None:
+    said: list[float] = []
+    before = time.monotonic()
+    finished = process.run_apart(("yes",), timeout_sec=0.6, meanwhile=said.append, every_sec=0.2)
+    assert finished.status == process.TIMED_OUT
+    assert len(said) == 2
+    assert time.monotonic() - before < 15
+
+
+def test_a_command_that_closes_its_output_is_waited_for() -> None:
+    before = time.process_time()
+    finished = process.run_apart(("/bin/sh", "-c", "exec >&- 2>&-; sleep 1; exit 7"), timeout_sec=30)
+    assert finished == process.Finished(status=7, output="")
+    assert time.process_time() - before < 0.5

@@ -39,6 +39,8 @@ def one(keys: str) -> stages.Step:
         ("a: &b [*b]", "f.yaml:1:8: there is no anchor &b before it"),
         ("a\nb\0", "f.yaml:2:2: the character #x0000 is not allowed"),
         ("a: \udcff", "f.yaml:1:4: the character #xdcff is not allowed"),
+        ('a:\n  "b\\0": x', "f.yaml:2:3: the character #x0000 is not allowed"),
+        ('a:\n  "\\udcff": x', "f.yaml:2:3: the character #xdcff is not allowed"),
         ("[" * 1000, "f.yaml:1:42: it is deeper than 40 lists and mappings"),
         ("a: 1\na: 2", "f.yaml:2:1: 'a' is there twice"),
         ("? [a]\n: b", "f.yaml:1:3: a list cannot be a key"),
@@ -165,14 +167,13 @@ BOMB = base64.b64encode(gzip.compress(bytes(65 << 20))).decode()
             f"files:\n- {{path: /a, encoding: gz+b64, content: {BOMB}}}",
             "f.yaml:5:47: it unpacks to more than 64 MiB",
         ),
-        ("files:\n- {path: /a, contents: x}", "f.yaml:5:30: there is no such key as contents:"),
         ("commands:\n- echo: x", "f.yaml:5:9: it has to be a text, and is a mapping"),
         ("systemctl:\n  start:\n  - --force", "f.yaml:6:9: '--force' is no unit"),
         ("users:\n  a b: {}", "f.yaml:5:14: 'a b' is no name of a user"),
-        ("users:\n  a: {passwort: x}", "f.yaml:5:23: there is no such key as passwort:"),
-        ("layout:\n  add_partitions: []", "f.yaml:5:25: there is no such key as add_partitions:"),
         ("layout:\n  expand_partition: {size: 0}", "f.yaml:5:9: there is no device: in it"),
-        ('hostname: "a\\0b"', "f.yaml:4:17: it has a zero byte"),
+        ('hostname: "a\\0b"', "f.yaml:4:17: the character #x0000 is not allowed"),
+        ('files:\n- {path: /a, content: "\\ud800"}', "f.yaml:5:29: the character #xd800 is not allowed"),
+        ('environment: {A: "\\udcff"}', "f.yaml:4:24: the character #xdcff is not allowed"),
     ],
 )
 def test_a_key_that_cannot_be_read_costs_itself_alone(keys: str, message: str) -> None:
@@ -202,6 +203,32 @@ def test_keys_that_this_agent_does_nothing_with_are_named() -> None:
     step = one("datasource: {providers: [aws]}\nhostname: x\ngit: {}")
     assert step.unknown == ("f.yaml:4:19: datasource", "f.yaml:6:12: git")
     assert step.problems == ()
+
+
+def test_an_unknown_key_within_a_key_is_named_and_costs_nothing() -> None:
+    step = one(
+        "files:\n- {path: /a, permsisions: 0600, content: x}\n"
+        "users:\n  kairos: {passwd: x, sudo: 'ALL=(ALL) ALL'}\n"
+        "directories:\n- {path: /b, recursive: true}\n"
+        "systemctl:\n  enable: [a]\n  restart: [b]\n  overrides:\n  - {service: s, content: c, x: y}\n"
+        "dns: {nameservers: [1.1.1.1], ttl: 3}\n"
+        "layout:\n  device: {label: A}\n  expand_partition: {size: 0}\n  add_partitions: []\n"
+        "ensure_entities:\n- {entity: x, mode: 3}\n"
+    )
+    assert step.problems == ()
+    assert step.unknown == (
+        "f.yaml:5:33: permsisions",
+        "f.yaml:7:35: sudo",
+        "f.yaml:9:31: recursive",
+        "f.yaml:12:18: restart",
+        "f.yaml:14:39: x",
+        "f.yaml:15:42: ttl",
+        "f.yaml:19:25: add_partitions",
+        "f.yaml:21:27: mode",
+    )
+    assert step.keys["files"] == (File(path="/a", content=b"x", mode=0o644),)
+    assert [(user.name, user.password) for user in step.keys["users"]] == [("kairos", "x")]
+    assert step.keys["layout"] == ("label", "A", 0)
 
 
 def test_the_other_keys() -> None:
@@ -288,15 +315,30 @@ def test_the_form_on_the_command_line() -> None:
         b"stages.rootfs[0].hostname.x=x",  # is a text already
         b"stages.[0].x=x",
         b"stages.",
+        b"stages.rootfs[0].hostname[0]=x",
+        b"stages.rootfs[0][0]=x",  # a list and a mapping
+        b"stages.rootfs[0]" + 1000 * b".a" + b"=x",
+        b'stages.rootfs[0].sysctl."a\xff"=x',
     ],
 )
 def test_a_word_that_is_none_is_left_out_alone(word: bytes) -> None:
     found, problems = dotted(b"stages.rootfs[0].hostname=good " + word)
     assert len(problems) == 1
-    assert problems[0].startswith(
-        f"cannot read '{word.decode().partition('=')[0]}' on the kernel command line"
-    )
+    name = word.decode("utf-8", "surrogateescape").partition("=")[0]
+    assert problems[0].startswith(f"cannot read '{name}' on the kernel command line")
     assert [step.keys for step in stages.steps_of(found, "rootfs")] == [{"hostname": "good"}]
+
+
+def test_a_list_that_is_a_mapping_too_on_the_command_line() -> None:
+    found, problems = dotted(
+        b"stages.rootfs[0].groups[0]=a stages.rootfs[0].groups.b.c=d stages.rootfs[1].hostname=x"
+    )
+    assert problems == [
+        "cannot read 'stages.rootfs[0].groups.b.c' on the kernel command line: "
+        "write stages.<stage>[0].<key>=<value>, each once"
+    ]
+    first, second = stages.steps_of(found, "rootfs")
+    assert (first.keys, second.keys) == ({"groups": {"a": ()}}, {"hostname": "x"})
 
 
 @given(

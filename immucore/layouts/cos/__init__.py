@@ -231,7 +231,8 @@ def _ephemeral_instead(settings: Settings, lost: Volume) -> Settings:
 def sentinels(cmdline: Cmdline) -> Plan:
     """Say which mode was booted, in the field's two places.
 
-    Only ever written after success (contract §3).
+    Written after success (contract §3); before it only for the cloud-init stages, where there are any, and
+    taken back by a boot that fails (Boot._stage).
     """
     name = mode(cmdline)
     return Plan(
