@@ -262,7 +262,7 @@ def _holds_together(plan: Plan) -> None:
         if isinstance(operation, Check | Refused):
             continue
         parts = operation.target.split("/")
-        assert operation.target.startswith(("/sysroot", "/run/"))
+        assert operation.target.startswith(("/sysroot", "/run/")) or operation.target == "/run"
         assert not {".", ".."} & {*parts}
         assert "\0" not in operation.target
         assert operation.why
