@@ -177,7 +177,8 @@ def test_power_cut_while_it_changes(
     """Cut off anywhere in a first seeding, and in a merge: the old state or the new one; then the new."""
     old, new = image("active", "many", MANY), image("passive", "many", CHANGED)
     disk = cos_disk(oem={"cos-layout.env": LAYOUT}, state={"cOS/active.img": old, "cOS/passive.img": new})
-    options = "rd.cos.debug systemd.journald.forward_to_console=1"
+    console = "systemd.journald.forward_to_console=1 systemd.journald.max_level_console=debug"
+    options = f"rd.cos.debug {console}"
     states: dict[str, dict[str, str] | None] = {"none": None, "old": texts(MANY), "new": texts(CHANGED)}
     before, after, asked = "none", "old", ACTIVE
     if what == "merge":
@@ -263,7 +264,7 @@ def test_a_full_disk_keeps_the_old_state(
     (reason,) = full.result["degraded"]
     assert "No space left on device" in reason
     assert "KiB more are needed" in reason
-    assert full.output(look).splitlines()[:2] == ["file0", "file1"]
+    assert full.output(look).splitlines()[:2] == ["file0 ", "file1 "]
     expect.healthy(freed, "passive", "/cOS/passive.img")
-    assert freed.output(look).splitlines()[:3] == ["file0 new", "file1", "large"]
+    assert freed.output(look).splitlines()[:3] == ["file0 new", "file1 ", "large"]
     assert "srv-table.bind.new" not in freed.output(look)
