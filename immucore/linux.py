@@ -1,6 +1,7 @@
 """The kernel as the executor sees it.
 
-Mount(2), loop ioctls, directories. The only module that changes the machine.
+Mount(2), loop ioctls, directories. At boot nothing else changes the machine, but for what this calls:
+statedir.py and extensions.py in the state, and the processes of fsck.py and the cloud-init stages.
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ class _Step:
         return None
 
     def give_up(self, error: OSError) -> str:
-        """Remove what was begun, unless it has taken effect; say what was wrong and how it is now."""
+        """Remove what was begun, unless it has taken effect; say what was wrong."""
         with contextlib.suppress(OSError):  # the next boot tries again
             self.recover()
         if error.errno in _FULL and not self.lacks:
