@@ -49,10 +49,12 @@ class Reader:
 
     def __init__(self, path: str) -> None:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        self._file: BinaryIO = open(os.open(path, flags), "rb")  # noqa: SIM115  closed by close()
+        descriptor = os.open(path, flags)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise ValueError("it is no file")
+        self._file: BinaryIO = open(descriptor, "rb")  # noqa: SIM115  closed by close()
         try:
-            if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
-                raise ValueError("it is no file")
             match self._line():
                 case {"image": str(image)}:
                     self.image = image

@@ -339,6 +339,15 @@ def test_a_manifest_that_is_no_file(machine: Machine, kind: str) -> None:
     assert found(machine.kept) == tree(a="file one")
 
 
+def test_what_is_in_the_way_of_a_manifest_goes(machine: Machine) -> None:
+    """Nothing of a boot that was cut off is a directory; whatever it is, it does not stop the next merge."""
+    put(machine.image, tree(a="file one"))
+    machine.boot()
+    (machine.state / "etc.manifest.new/x").mkdir(parents=True)
+    (machine.image / "a").write_text("two")
+    assert machine.boot("two").taken == 1
+
+
 def test_more_conflicts_than_fit_into_a_line(machine: Machine) -> None:
     conflict = Conflict(path="x" * 200, ours=None, theirs=None)
     many = tuple(conflict.replace(path=f"{number}{conflict.path}") for number in range(10_000))
