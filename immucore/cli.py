@@ -18,7 +18,9 @@ from immucore.plan import REQUIRED, SYSROOT, Missing, Plan, as_booted, is_below
 from immucore.self_test import self_test
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 LSBLK = (
     "lsblk --bytes --pairs --output PATH,KNAME,PKNAME,TYPE,SIZE,FSTYPE,LABEL,UUID,PARTLABEL,PARTUUID,"
@@ -227,7 +229,7 @@ def _self_test(_: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, Commands]:
     parser = argparse.ArgumentParser(prog="immucore", description=_DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"immucore {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -254,10 +256,10 @@ def _parser() -> argparse.ArgumentParser:
         "self-test", help="import every module and open every library of this program"
     )
     test.set_defaults(run=_self_test)
-    return parser
+    return parser, commands
 
 
-def _state_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _state_parsers(commands: Commands) -> None:
     text = "say what was changed in the persistent paths, and give the image's version back"
     state = commands.add_parser("state", help=text, description=f"{text.capitalize()}. {_STATE}")
     state.set_defaults(run=_state)
@@ -288,9 +290,12 @@ def _with_action(arguments: Sequence[str]) -> list[str]:
     return words
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run one of the tools; the exit status is that of contract §9."""
-    parsed = _parser().parse_args(_with_action(arguments))
+def main(arguments: Sequence[str], add: Callable[[Commands], None] | None = None) -> int:
+    """Run one of the tools; the exit status is that of contract §9. `add` adds the booted system's."""
+    parser, commands = _parser()
+    if add is not None:
+        add(commands)
+    parsed = parser.parse_args(_with_action(arguments))
     try:
         status: int = parsed.run(parsed)
     except ImmucoreError as error:

@@ -1,0 +1,1 @@
+"""What the booted system does with its images: install, upgrade, boot counting, reboots. In no initramfs."""
