@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 class Environment:
     """The environment block in the file `path`; where that is missing or damaged, it has no variables.
 
-    It is changed in place. GRUB replays no journal, and writes into the blocks where it finds the file: had a
-    new one taken its place, with that still in the journal after a power cut, these would be the blocks of
-    somebody else by then.
+    It is changed in place. GRUB replays no journal, and writes into the blocks where it finds the file: if a
+    new one took its place, and that was still in the journal after a power cut, these would be the blocks of
+    somebody else.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
