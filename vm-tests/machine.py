@@ -47,6 +47,7 @@ VARIABLES = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
 REPORT_MIB = 32
 PATIENCE = 2.0  # limits are for a host that boots in 15 s; half as fast has to do too
 INSIST_S = 5.0
+MANY_COPIES = 64
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -289,6 +290,7 @@ class Guest:
         self.monitor, theirs = socket.socketpair()
         self.replies = b""
         self.ended = "unknown"
+        self.stopped = False
         self.plugged = 0
         self.insisting: tuple[str, str] | None = None
         self.typed = 0.0
@@ -382,6 +384,8 @@ class Guest:
             message = json.loads(line)
             if message.get("event") == "SHUTDOWN":
                 self.ended = message["data"]["reason"]
+            elif message.get("event") in ("STOP", "RESUME"):
+                self.stopped = message["event"] == "STOP"
             elif "error" in message:
                 raise RuntimeError(f"QEMU refused a command: {message['error']['desc']}")
         return bool(data)
@@ -426,6 +430,35 @@ class Guest:
         """
         self.insisting = (text, answer)
         self.type(text)
+
+    def copies(self, disk: Path, until: str, every_s: float = 0.05) -> list[Path]:
+        """Copy a disk's overlay again and again until the console matches `until`: what a power cut leaves.
+
+        The machine stands still meanwhile. What QEMU has not written by then is not in the file, which is
+        what it would be if QEMU were killed at that moment.
+        """
+        found: list[Path] = []
+        number = 0
+        while re.search(until, self.console, re.MULTILINE) is None:
+            number += 1
+            found.append(self.copy(disk, number))
+            if len(found) > MANY_COPIES:  # it takes longer than expected: half as many, half as often
+                for copy in found[1::2]:
+                    copy.unlink()
+                found, every_s = found[::2], every_s * 2
+            if self.run(time.monotonic() - self.start + every_s, ())[0] != "limit":
+                break
+        return found
+
+    def copy(self, disk: Path, number: int) -> Path:
+        """Copy a disk's overlay once, beside it."""
+        target = disk.with_suffix(f".{number}{disk.suffix}")
+        self.qmp("stop")
+        while not self.stopped and self.receive():
+            pass
+        shutil.copy(disk, target)
+        self.qmp("cont")
+        return target
 
     def cut_power(self) -> None:
         """Switch the machine off as a power failure does."""
