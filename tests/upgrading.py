@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from immucore import bootcount, grubenv
 from immucore.system import content, images
 
 SIZES_MIB = {"oem": 8, "state": 96, "recovery": 48, "persistent": 16}
+ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
 KERNEL = "6.1.0-test"
 COMMANDS = {
     "active": "root=LABEL=COS_STATE cos-img/filename=/cOS/active.img",
@@ -115,10 +115,8 @@ class Upgradable:
         """Start a command of the booted system."""
         argv = self.machine.inside(*self._program, *words)
         return subprocess.Popen(
-            argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self.environment, **options
+            argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, **options
         )
-
-    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
 
     def run(self, *words: str | Path) -> Ran:
         """Run a command of the booted system to its end."""
@@ -167,12 +165,6 @@ class Upgradable:
             document = yaml.safe_load((path / "state.yaml").read_text())
             assert isinstance(document, dict)
             return document
-
-
-@functools.cache
-def _sound(_digest: str, path: str) -> bool:
-    done = subprocess.run(["e2fsck", "-f", "-n", path], capture_output=True, check=False)
-    return done.returncode == 0
 
 
 def whole(image: Path) -> str | None:

@@ -15,7 +15,7 @@ from immucore import cmdline, files, observe, report, superblock, syscalls
 from immucore.boot import INITRD_RELEASE
 from immucore.errors import CmdlineError, DeviceError
 from immucore.plan import SYSROOT
-from immucore.system import images
+from immucore.system import images, state_file, steps
 from immucore.system.errors import ImageError
 from immucore.system.programs import run
 from immucore.values import Record
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from immucore.devices import Device, Devices
+    from immucore.system.console import Console
 
 STATE, RECOVERY = "COS_STATE", "COS_RECOVERY"
 PERSISTENT, OEM = "COS_PERSISTENT", "COS_OEM"
@@ -162,6 +163,20 @@ def writable(device: Device, name: str) -> Iterator[str]:
             syscalls.umount(target)
     finally:
         os.close(mounted)
+
+
+def record(console: Console, here: Booted, top: str, label: str, state: state_file.State) -> None:
+    """Write state.yaml to COS_STATE and COS_RECOVERY; `label` is that of the two that is mounted at `top`.
+
+    What it records has taken effect already: a failure is a warning.
+    """
+
+    def elsewhere() -> None:
+        with writable(here.partition(RECOVERY if label == STATE else STATE), "other") as other:
+            state_file.write(other, state)
+
+    steps.attempt(console, lambda: state_file.write(top, state))
+    steps.attempt(console, elsewhere)
 
 
 def _check(device: Device) -> None:

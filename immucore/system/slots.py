@@ -126,10 +126,25 @@ def _take_back(previous: str, passive: str) -> None:
         os.unlink(passive)
 
 
+def swap(directory: str) -> None:
+    """Make passive active, and active passive; without an active it is both. Raises OSError."""
+    active, passive = (os.path.join(directory, FILES[name]) for name in (ACTIVE, PASSIVE))
+    if os.path.lexists(active):
+        syscalls.exchange(active, passive)
+    else:
+        os.link(passive, active)
+    files.fsync(directory)
+
+
+def replace(directory: str, slot: str) -> None:
+    """Put `transition.img` in the place of the image of a slot. Raises OSError."""
+    os.rename(os.path.join(directory, TRANSITION), os.path.join(directory, FILES[slot]))
+    files.fsync(directory)
+
+
 def commit_recovery(directory: str) -> None:
     """Make `transition.img` the recovery image of the `cOS` of COS_RECOVERY. Raises OSError."""
-    os.rename(os.path.join(directory, TRANSITION), os.path.join(directory, FILES[RECOVERY]))
-    files.fsync(directory)
+    replace(directory, RECOVERY)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(os.path.join(directory, EARLIER_RECOVERY))
 

@@ -10,16 +10,15 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from immucore.bootcount import ACTIVE, BAD, PASSIVE, RECOVERY
-from immucore.errors import ImmucoreError
 from immucore.system import booted, hooks, images, slots, sources, state_file, steps
 from immucore.system.environment import Environment
-from immucore.system.errors import ImageError
+from immucore.system.errors import ImageError, told
 from immucore.system.making import Making, fstype_of
 from immucore.system.oci import Options
 from immucore.system.state_file import Entry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from immucore.system.booted import Booted
     from immucore.system.console import Console
@@ -82,18 +81,9 @@ class Upgrade:
             yield
         finally:
             steps.hold()
-            self._attempt(lambda: slots.clean(self._making.directory))
+            steps.attempt(self._console, lambda: slots.clean(self._making.directory))
             if self._armed and not self._committed:
-                self._attempt(lambda: slots.disarm(self._environment, self._making.image_id))
-
-    def _attempt(self, do: Callable[[], None]) -> None:
-        """Do what matters less than what has happened before."""
-        try:
-            do()
-        except ImmucoreError as error:
-            self._console.say(f"warning: {error.message}")
-        except OSError as error:
-            self._console.say(f"warning: {told(error)}")
+                steps.attempt(self._console, lambda: slots.disarm(self._environment, self._making.image_id))
 
     def _look(self, _: Advance) -> bool:
         self._known = state_file.read(self._top if self._slot == ACTIVE else booted.HOLDER)
@@ -208,20 +198,9 @@ class Upgrade:
             self._known.record(PASSIVE, self._known.entry_of(self._kept.image_id))
         self._known.record(self._slot, made)
         self._known.failed = sorted(self._failed - {making.content})
-        self._attempt(lambda: state_file.write(self._top, self._known))
-        self._attempt(self._record_elsewhere)
+        booted.record(self._console, self._here, self._top, booted.MODES[self._slot], self._known)
         if self._slot == ACTIVE:
-            self._attempt(lambda: slots.forget(self._environment, self._survey().values()))
+            steps.attempt(self._console, lambda: slots.forget(self._environment, self._survey().values()))
         text = f"{self._slot} is {making.image_id} now, made of {self._source.text}"
         self._outcome = text, {"upgraded": True, "slot": self._slot, **dict(made.items())}
         return True
-
-    def _record_elsewhere(self) -> None:
-        other = booted.STATE if self._slot == RECOVERY else booted.RECOVERY
-        with booted.writable(self._here.partition(other), "other") as top:
-            state_file.write(top, self._known)
-
-
-def told(error: OSError) -> str:
-    """Say what the kernel has refused."""
-    return f"'{error.filename}': {error.strerror}" if error.filename else str(error.strerror)

@@ -8,8 +8,9 @@ from pathlib import Path
 import native
 import pytest
 import upgrading
-from immucore import bootcount
 from upgrading import Upgradable
+
+from immucore import bootcount
 
 Boot = Callable[[str], Upgradable]
 
