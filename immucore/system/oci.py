@@ -20,7 +20,7 @@ _PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY"
 _DIGEST = r"sha256:[0-9a-f]{64}"
 # registry/path, then a tag or a digest or both: distribution's reference grammar, with a registry always
 _REFERENCE = re.compile(
-    rf"(?P<name>[A-Za-z0-9.-]+(:[0-9]+)?(/[a-z0-9]+([._-]+[a-z0-9]+)*)+)"
+    rf"(?P<name>[A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]+)?(/[a-z0-9]+([._-]+[a-z0-9]+)*)+)"
     rf"(:(?P<tag>[A-Za-z0-9_][A-Za-z0-9_.-]{{0,127}}))?(@(?P<digest>{_DIGEST}))?"
 )
 _HINT = "name it as oci:registry/image:tag, or as oci:registry/image@sha256:…"
