@@ -71,7 +71,7 @@ class Reset:
                     steps.run(self._console, self._steps)
                 finally:
                     steps.hold()
-                    steps.attempt(self._console, lambda: slots.clean(directory))
+                    steps.attempt(self._console, lambda: slots.clean(directory, 0))
         except OSError as error:
             raise ImageError(
                 f"cannot reset: {told(error)}", hint="recovery is as it was: try again"
@@ -86,7 +86,7 @@ class Reset:
         return sources.parse(f"file:{next((path for path in paths if os.path.exists(path)), paths[0])}")
 
     def _clean(self, _: Advance) -> bool:
-        slots.clean(self._making.directory)
+        slots.clean(self._making.directory, 0)
         return True
 
     def _measure(self, _: Advance) -> bool:
@@ -127,7 +127,7 @@ class Reset:
             state.record(slot, entry)
         state.failed = [each for each in state.failed if each != self._making.content]
         booted.record(self._console, self._here, self._top, booted.STATE, state)
-        found = slots.survey(self._making.directory, {}, self._here.mode, self._here.image_id)
+        found = slots.survey(self._making.directory, {}, 0)
         steps.attempt(self._console, lambda: slots.forget(self._environment, found.values()))
         return True
 

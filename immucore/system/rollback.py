@@ -24,7 +24,7 @@ def rollback(console: Console, here: Booted, *, force: bool) -> None:
     try:
         with booted.writable(here.partition(booted.STATE), "images") as top:
             directory = os.path.join(top, slots.DIRECTORY)
-            found = slots.survey(directory, environment.read(), here.mode, here.image_id)
+            found = slots.survey(directory, environment.read(), here.running(booted.STATE))
             _refuse(found[PASSIVE], force=force)
             image_id = found[PASSIVE].image_id
             if image_id and found[PASSIVE].state == BAD:
