@@ -1,0 +1,191 @@
+"""The images of COS_STATE as the two slots: which of them an upgrade keeps, and putting a new one in place.
+
+An upgrade makes three images out of two, and one has to go. It is never the better one of the two, and what
+stays is in a slot at every instant:
+
+    active  passive  transition  spare
+    A       P        N                  prepared and checked
+    A       A        N           P      where A is kept: a second name of one file (link(2)), exchanged
+    N       A or P   A           P      one renameat2(2), RENAME_EXCHANGE: the commit
+
+What is in neither slot then is removed. Only the image that runs stays, as `previous.img`, until another
+runs: a file system with a file that is open and has no name cannot be made read-only again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING
+
+from immucore import bootcount, files, superblock, syscalls
+from immucore.bootcount import ACTIVE, BAD, COUNTED, GOOD, PASSIVE, RECOVERY, TRYING
+from immucore.system import images
+from immucore.system.programs import run
+from immucore.values import Record
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from immucore.system.environment import Environment
+
+DIRECTORY = "cOS"
+FILES = {ACTIVE: "active.img", PASSIVE: "passive.img", RECOVERY: "recovery.img"}
+LABELS = {ACTIVE: "COS_ACTIVE", PASSIVE: "COS_PASSIVE", RECOVERY: "COS_SYSTEM"}
+EARLIER_RECOVERY = "recovery.squashfs"  # as cos-toolkit has called it; its grub.cfg prefers it
+TRANSITION, SPARE = "transition.img", "spare.img"  # work: whatever has these names can be removed
+PREVIOUS = "previous.img"  # and this, once it does not run any more
+WORK = "work."  # what the names of work directories begin with
+SAVED_ENTRY, TRIES_PREFIX = "saved_entry", "tries_"
+_RANKS = (BAD, TRYING, GOOD)
+
+
+class Slot(Record):
+    """An image in its place."""
+
+    name: str
+    whole: bool = False  # it is there, and as long as its file system says
+    image_id: str | None = None  # None also for images of others, which have none
+    state: str = TRYING
+    running: bool = False  # the system that runs is this image
+
+
+def survey(directory: str, values: Mapping[str, str], running: int) -> dict[str, Slot]:
+    """Look at both slots in `directory`, which is the `cOS` of COS_STATE.
+
+    `values` are the variables of GRUB's environment block, `running` is the inode of the image that runs, 0
+    if that is on another partition.
+    """
+    return {name: _slot(name, os.path.join(directory, FILES[name]), values, running) for name in COUNTED}
+
+
+def _slot(name: str, path: str, values: Mapping[str, str], running: int) -> Slot:
+    if not whole(path):
+        return Slot(name=name)
+    image_id = images.identity(path)
+    state = bootcount.read(values, image_id).state if image_id else TRYING
+    runs = running != 0 and os.stat(path).st_ino == running
+    return Slot(name=name, whole=True, image_id=image_id, state=state, running=runs)
+
+
+def whole(path: str) -> bool:
+    """Tell whether an image is there, of a known file system, and not cut short."""
+    try:
+        claimed = superblock.claimed_bytes(path)
+        return 0 < claimed <= os.stat(path).st_size
+    except OSError:
+        return False
+
+
+def kept(active: Slot, passive: Slot) -> str:
+    """Say which of two images is still there after an upgrade, as passive.
+
+    One that was judged good before one that was not, then the one that runs, then passive: so an active that
+    works becomes passive, and what somebody has fallen back to stays.
+    """
+
+    def rank(slot: Slot) -> tuple[bool, int, bool, bool]:
+        return slot.whole, _RANKS.index(slot.state), slot.running, slot.name == PASSIVE
+
+    return max(active, passive, key=rank).name
+
+
+def commit(directory: str, keep: str) -> None:
+    """Make `transition.img` active, and of what was there before keep `keep` as passive.
+
+    What is left over is for clean(). Raises OSError, and has changed nothing then.
+    """
+    active, passive, spare = (
+        os.path.join(directory, name) for name in (FILES[ACTIVE], FILES[PASSIVE], SPARE)
+    )
+    if keep == ACTIVE:
+        os.link(active, spare)
+        _place(spare, passive)
+        files.fsync(directory)
+    try:
+        _place(os.path.join(directory, TRANSITION), active)
+    except OSError:
+        if keep == ACTIVE:
+            if os.path.lexists(spare):
+                syscalls.exchange(spare, passive)
+            os.unlink(spare if os.path.lexists(spare) else passive)
+        raise
+    files.fsync(directory)
+
+
+def _place(new: str, place: str) -> None:
+    """Put an image in its place; what was there has the name of the new one then."""
+    if os.path.lexists(place):
+        syscalls.exchange(new, place)
+    else:
+        os.rename(new, place)
+
+
+def swap(directory: str) -> None:
+    """Make passive active, and active passive; without an active it is both. Raises OSError."""
+    active, passive = (os.path.join(directory, FILES[name]) for name in (ACTIVE, PASSIVE))
+    if os.path.lexists(active):
+        syscalls.exchange(active, passive)
+    else:
+        os.link(passive, active)
+    files.fsync(directory)
+
+
+def replace(directory: str, slot: str) -> None:
+    """Put `transition.img` in the place of the image of a slot. Raises OSError."""
+    _place(os.path.join(directory, TRANSITION), os.path.join(directory, FILES[slot]))
+    if slot == RECOVERY:
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(os.path.join(directory, EARLIER_RECOVERY), os.path.join(directory, SPARE))
+    files.fsync(directory)
+
+
+def clean(directory: str, running: int) -> None:
+    """Remove what work has left in a `cOS` directory; `running` as of survey().
+
+    Raises OSError and ImageError.
+    """
+    previous = os.path.join(directory, PREVIOUS)
+    for path in [os.path.join(directory, name) for name in (TRANSITION, SPARE, PREVIOUS)]:
+        with contextlib.suppress(FileNotFoundError):
+            status = os.lstat(path)
+            if status.st_ino != running or status.st_nlink > 1:
+                os.unlink(path)
+            elif path != previous:
+                os.rename(path, previous)
+    left = [os.path.join(directory, name) for name in files.names(directory) if name.startswith(WORK)]
+    if left:  # never into what a hook has mounted there
+        failure = f"cannot remove what earlier work has left in '{directory}'"
+        run(["rm", "--recursive", "--force", "--one-file-system", "--", *left], failure)
+
+
+def arm(environment: Environment, image_id: str) -> None:
+    """Give an image that is about to be put in place all its tries; they are on the disk then."""
+    environment.write(bootcount.written(environment.read(), bootcount.armed(image_id)))
+
+
+def disarm(environment: Environment, image_id: str) -> None:
+    """Take that back."""
+    values = environment.read()
+    environment.write({name: value for name, value in values.items() if not name.endswith(f"_{image_id}")})
+
+
+def forget(environment: Environment, found: Iterable[Slot]) -> None:
+    """Keep nothing of images that are in no slot, and let active be the slot that is wanted."""
+    values = environment.read()
+    kept_values = bootcount.forgotten(values, [slot.image_id for slot in found if slot.image_id])
+    if bootcount.wanted(kept_values.get(SAVED_ENTRY, "")) != ACTIVE:
+        del kept_values[SAVED_ENTRY]
+    if kept_values != values:
+        environment.write(kept_values)
+
+
+def judged_bad(values: Mapping[str, str]) -> set[str]:
+    """Give the digests of the images that GRUB's environment block knows to be bad."""
+    ids = [name.removeprefix(TRIES_PREFIX) for name in values if name.startswith(TRIES_PREFIX)]
+    return {digest_of(each) for each in ids if bootcount.read(values, each).state == BAD}
+
+
+def digest_of(image_id: str | None) -> str:
+    """Give the part of an identity that says what is in the image; empty where there is none."""
+    return (image_id or "").partition("_")[0]
