@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from typing import TYPE_CHECKING
@@ -65,6 +66,16 @@ class Registry:
                 raise ImageError(f"{self._failure}: skopeo gives no digest of it", hint=_REACH)
             self._digest = found[-1]
         return self._digest
+
+    def size_bytes(self) -> int:
+        """Tell how large it is as it is fetched, compressed; 0 for one for several architectures."""
+        argv = [*self._skopeo("inspect"), *self._access(""), "--raw"]
+        said = run([*argv, f"docker://{self._name}@{self.resolve()}"], self._failure, environment=_proxies())
+        try:
+            layers = json.loads(said[said.index("{") :])["layers"]
+            return sum(int(layer["size"]) for layer in layers)
+        except (ValueError, KeyError, TypeError):
+            return 0
 
     def unpack(self, directory: str, advance: Advance = silent) -> None:
         """Fetch it into a directory beside `directory`, and unpack it into that, which is made.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from immucore import process
 from immucore.log import printable
+from immucore.system import stopping
 from immucore.system.errors import ImageError
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 TELL_SEC = 0.5
 FAKEROOT = "FAKEROOTKEY"  # fakeroot(1): root for the C library, and not for the kernel
 _FAKEROOT = (FAKEROOT, "LD_PRELOAD", "FAKED_MODE")
+_TOGETHER = ("setpriv", "--pdeathsig", "KILL", "--")
 _LINES = 3  # of what a program has said, the last ones
 _PACKAGES = {
     "mke2fs": "e2fsprogs",
@@ -43,19 +45,24 @@ def run(
 ) -> str:
     """Run a program, and return what it said; `total_bytes` is what it will have read at its end.
 
-    Raises ImageError: `failure`, and the end of what the program said. One that was not started, because it
-    is not installed, is told likewise.
+    It ends with this process, whatever ends that: nobody writes on where the next one begins anew. Raises
+    ImageError: `failure`, and the end of what the program said, or that it is not installed.
     """
-    try:
-        done = process.run(
-            argv,
-            environment={**_surroundings(), **(environment or {})},
-            meanwhile=lambda _sec: advance(min(_read_bytes(), total_bytes), total_bytes),
-            every_sec=TELL_SEC,
-        )
-    except FileNotFoundError:
+    if not process.find(argv[0]):
         package = _PACKAGES.get(argv[0], argv[0])
-        raise ImageError(f"{failure}: there is no {argv[0]}", hint=f"install {package}") from None
+        raise ImageError(f"{failure}: there is no {argv[0]}", hint=f"install {package}")
+
+    def meanwhile(_sec: float) -> None:
+        stopping.point()
+        advance(min(_read_bytes(), total_bytes), total_bytes)
+
+    done = process.run(
+        [*_TOGETHER, *argv] if process.find(_TOGETHER[0]) else argv,
+        environment={**_surroundings(), **(environment or {})},
+        meanwhile=meanwhile,
+        every_sec=TELL_SEC,
+    )
+    stopping.point()  # Ctrl-C ends a child, too
     if done.status not in good:
         said = [line.strip() for line in done.output.splitlines() if line.strip()][-_LINES:]
         reason = printable("; ".join(said)) or f"{argv[0]} ended with status {done.status}"

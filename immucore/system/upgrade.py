@@ -10,7 +10,8 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from immucore.bootcount import ACTIVE, BAD, PASSIVE, RECOVERY
-from immucore.system import booted, hooks, images, slots, sources, state_file, steps
+from immucore.errors import ImmucoreError
+from immucore.system import booted, hooks, images, slots, sources, state_file, steps, stopping
 from immucore.system.environment import Environment
 from immucore.system.errors import ImageError, told
 from immucore.system.making import Making, fstype_of
@@ -38,6 +39,7 @@ class Upgrade:
             images.check_fstype(wishes.fstype)
         self._environment = Environment(here.environment)
         self._slot = RECOVERY if wishes.recovery else ACTIVE
+        self._running = here.running(booted.MODES[self._slot])
         self._steps: tuple[Step, ...] = (
             ("looking at what is there", self._look),
             ("removing what earlier work has left", self._clean),
@@ -70,6 +72,10 @@ class Upgrade:
             if not self._committed:
                 raise ImageError(f"cannot upgrade: {told(error)}; nothing was changed") from None
             self._console.say(f"warning: {told(error)}")
+        except ImmucoreError as error:
+            if not self._committed:
+                raise
+            self._console.say(f"warning: {error.message}")
         text, fields = self._outcome
         self._console.result(text, **fields)
         return self._committed
@@ -80,8 +86,8 @@ class Upgrade:
         try:
             yield
         finally:
-            steps.hold()
-            steps.attempt(self._console, lambda: slots.clean(self._making.directory))
+            stopping.hold()
+            steps.attempt(self._console, lambda: slots.clean(self._making.directory, self._running))
             if self._armed and not self._committed:
                 steps.attempt(self._console, lambda: slots.disarm(self._environment, self._making.image_id))
 
@@ -96,9 +102,7 @@ class Upgrade:
     def _keep_a_way_out(self) -> None:
         """Refuse to replace the one system that is known to work."""
         with booted.readable(self._here.partition(booted.STATE), "state") as top:
-            found = slots.survey(
-                f"{top}/{slots.DIRECTORY}", self._environment.read(), self._here.mode, self._here.image_id
-            )
+            found = slots.survey(f"{top}/{slots.DIRECTORY}", self._environment.read(), 0)
         if not any(slot.whole and slot.state != BAD for slot in found.values()):
             raise ImageError(
                 "cannot upgrade recovery: it is all there is, neither active nor passive can be booted",
@@ -107,7 +111,7 @@ class Upgrade:
 
     def _clean(self, _: Advance) -> bool:
         os.makedirs(self._making.directory, exist_ok=True)
-        slots.clean(self._making.directory)
+        slots.clean(self._making.directory, self._running)
         return True
 
     def _measure(self, _: Advance) -> bool:
@@ -161,7 +165,8 @@ class Upgrade:
 
     def _arm(self, _: Advance) -> bool:
         """Store the tries of the new image first: a power cut between the two leaves one that nobody has."""
-        steps.hold()
+        stopping.point()
+        stopping.hold()
         if self._slot == ACTIVE:
             self._armed = True
             slots.arm(self._environment, self._making.image_id)
@@ -169,7 +174,7 @@ class Upgrade:
 
     def _commit(self, _: Advance) -> bool:
         if self._slot == RECOVERY:
-            slots.commit_recovery(self._making.directory)
+            slots.replace(self._making.directory, RECOVERY)
         else:
             found = self._survey()
             keep = slots.kept(found[ACTIVE], found[PASSIVE])
@@ -179,8 +184,7 @@ class Upgrade:
         return True
 
     def _survey(self) -> dict[str, slots.Slot]:
-        values = self._environment.read()
-        return slots.survey(self._making.directory, values, self._here.mode, self._here.image_id)
+        return slots.survey(self._making.directory, self._environment.read(), self._running)
 
     def _record(self, _: Advance) -> bool:
         """Write down what was done; whatever comes of that, it is done."""

@@ -192,6 +192,8 @@ def test_an_image_of_a_registry(tmp_path: Path, tree: Path, plain: Registry) -> 
     source = parse(f"oci:{plain.address}/my/os:1", PLAIN)
     same(source, tree, tmp_path / "copy")
     assert source.digest == digest
+    layers = sum(plain.blob(layer).stat().st_size for layer in plain.layers(digest))
+    assert source.needs_bytes == 2 * layers > 1000
     # What a name meant when it was looked at is what is fetched, though it means another image by now.
     source = parse(f"oci:{plain.address}/my/os:1", PLAIN)
     source.look()
