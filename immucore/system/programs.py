@@ -1,0 +1,87 @@
+"""The programs that make images: each runs to its end, tells how far it is, and fails with one sentence."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from immucore import process
+from immucore.log import printable
+from immucore.system.errors import ImageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    Advance = Callable[[int, int], None]  # how much is done, of how much; 0: nobody knows
+
+TELL_SEC = 0.5
+FAKEROOT = "FAKEROOTKEY"  # fakeroot(1): root for the C library, and not for the kernel
+_FAKEROOT = (FAKEROOT, "LD_PRELOAD", "FAKED_MODE")
+_LINES = 3  # of what a program has said, the last ones
+_PACKAGES = {
+    "mke2fs": "e2fsprogs",
+    "e2fsck": "e2fsprogs",
+    "debugfs": "e2fsprogs",
+    "mksquashfs": "squashfs-tools",
+    "unsquashfs": "squashfs-tools",
+}
+
+
+def silent(_done: int, _total: int) -> None:
+    """Tell nobody."""
+
+
+def run(
+    argv: Sequence[str],
+    failure: str,
+    *,
+    hint: str = "",
+    advance: Advance = silent,
+    total_bytes: int = 0,
+    good: Sequence[int] = (0,),
+    environment: Mapping[str, str] | None = None,
+) -> str:
+    """Run a program, and return what it said; `total_bytes` is what it will have read at its end.
+
+    Raises ImageError: `failure`, and the end of what the program said. One that was not started, because it
+    is not installed, is told likewise.
+    """
+    try:
+        done = process.run(
+            argv,
+            environment={**_surroundings(), **(environment or {})},
+            meanwhile=lambda _sec: advance(min(_read_bytes(), total_bytes), total_bytes),
+            every_sec=TELL_SEC,
+        )
+    except FileNotFoundError:
+        package = _PACKAGES.get(argv[0], argv[0])
+        raise ImageError(f"{failure}: there is no {argv[0]}", hint=f"install {package}") from None
+    if done.status not in good:
+        said = [line.strip() for line in done.output.splitlines() if line.strip()][-_LINES:]
+        reason = printable("; ".join(said)) or f"{argv[0]} ended with status {done.status}"
+        raise ImageError(f"{failure}: {reason}", hint=hint)
+    return done.output
+
+
+def _surroundings() -> dict[str, str]:
+    """Give what fakeroot(1) needs in the environment of a child, where there is one."""
+    if FAKEROOT not in os.environ:
+        return {}
+    kept = {name: os.environ[name] for name in _FAKEROOT if name in os.environ}
+    # A frozen program has put its own folder there, and kept what was there before (PyInstaller).
+    libraries = os.environ.get("LD_LIBRARY_PATH_ORIG", os.environ.get("LD_LIBRARY_PATH", ""))
+    return {**kept, "LD_LIBRARY_PATH": libraries}
+
+
+def _read_bytes() -> int:
+    """Tell how much the children of this thread have read so far (proc(5), `io`)."""
+    found = 0
+    try:
+        with open("/proc/thread-self/children", encoding="ascii") as file:
+            children = file.read().split()
+        for child in children:
+            with open(f"/proc/{child}/io", encoding="ascii") as file:
+                found += int(file.readline().split()[1])
+    except (OSError, ValueError, IndexError):  # one that has ended just now; a kernel without
+        return 0
+    return found
