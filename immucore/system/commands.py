@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from immucore import cli
+from immucore.system import install
 
 if TYPE_CHECKING:
     import argparse
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the commands of the booted system, each by the module that does it."""
+    install.add_parser(commands)
 
 
 def main(arguments: Sequence[str]) -> int:

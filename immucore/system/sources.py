@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from immucore import files, superblock
 from immucore.errors import CmdlineError
-from immucore.system import content, images
+from immucore.system import content, fakeroot, images
 from immucore.system.errors import ImageError
 from immucore.system.oci import Options, Registry
 from immucore.system.programs import FAKEROOT, run, silent
@@ -91,6 +91,8 @@ class Archive(_Local):
         argv += ["--xattrs", "--xattrs-include=*", "--sparse", "--delay-directory-restore"]
         argv += ["--directory", directory, "--file", self.path]
         run(argv, self._failure, hint=_FULL, advance=advance, total_bytes=self.needs_bytes)
+        if FAKEROOT in os.environ:
+            fakeroot.mend(directory)
 
 
 class ImageFile(_Local):
