@@ -24,11 +24,12 @@ from immucore.values import Record
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
+    from immucore.cli import Commands
     from immucore.system.disks import Disk
-    from immucore.system.installation import Image
     from immucore.system.partitions import Partition
+    from immucore.system.state_file import Entry
 
 PROGRAMS = ("blkid", "e2fsck", "grub-mkimage", "mcopy", "mke2fs", "mkfs.vfat", "partx", "sfdisk", "wipefs")
 EFI = "/sys/firmware/efi"  # it is there if this machine was started by one
@@ -53,7 +54,7 @@ class Request(Record):
         return f"cannot install on '{self.target}'"
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(commands: Commands) -> None:
     """Add the command."""
     text = "put a system with all its partitions on a disk, or make a file that is such a disk"
     command = commands.add_parser("install", help=text, description=f"{text.capitalize()}.")
@@ -203,12 +204,14 @@ def _refuse(disk: Disk, request: Request, layout: Sequence[Partition]) -> None:
         )
 
 
-def _tell(console: Console, request: Request, layout: Sequence[Partition], made: Sequence[Image]) -> None:
+def _tell(
+    console: Console, request: Request, layout: Sequence[Partition], made: Mapping[str, Entry]
+) -> None:
     sizes = ", ".join(f"{each.name} {each.size_mib}" for each in layout)
     console.result(
         f"installed on '{request.target}' for firmware {request.firmware}; MiB: {sizes}",
         target=request.target,
         firmware=request.firmware,
         partitions=[dict(each.items()) for each in layout],
-        images={each.slot: each.image_id for each in made},
+        images={slot: entry.image_id for slot, entry in made.items()},
     )

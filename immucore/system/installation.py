@@ -14,38 +14,26 @@ from typing import TYPE_CHECKING
 
 from immucore import bootcount, grubenv
 from immucore.errors import DeviceError, ImmucoreError
-from immucore.system import bootloader, filesystems, images, partitions
+from immucore.system import bootloader, filesystems, images, partitions, slots, state_file
 from immucore.system.partitions import MIB
-from immucore.values import Record
+from immucore.system.state_file import Entry, State
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from immucore.system.console import Console
     from immucore.system.disks import Disk
     from immucore.system.partitions import Partition
     from immucore.system.sources import Source
 
-SLOTS = {  # image → the partition that it is on, its label
-    "active": ("state", "COS_ACTIVE"),
-    "passive": ("state", "COS_PASSIVE"),
-    "recovery": ("recovery", "COS_SYSTEM"),
-}
+LABELS = {**slots.LABELS, bootcount.RECOVERY: "COS_SYSTEM"}
 ENVIRONMENT = "grubenv"  # on OEM
 
 
-class Image(Record):
-    """An image that was made."""
-
-    slot: str
-    image_id: str
-    size_bytes: int
-
-
-def make(source: Source, fstype: str, work: str, console: Console) -> list[Image]:
+def make(source: Source, fstype: str, work: str, console: Console) -> dict[str, Entry]:
     """Unpack a source, and make an image of it for each slot, in the directory `work`.
 
-    Raises ImmucoreError and OSError.
+    Returns what state.yaml is to say of each. Raises ImmucoreError and OSError.
     """
     tree = os.path.join(work, "tree")
     with console.step(f"reading {source.text}"):
@@ -53,23 +41,24 @@ def make(source: Source, fstype: str, work: str, console: Console) -> list[Image
     _check_scratch(source, fstype, work)
     with console.step(f"unpacking {source.text}") as advance:
         digest = source.unpack(tree, advance)
-    made = []
-    for slot, (partition, label) in SLOTS.items():
-        directory = os.path.join(work, partition, "cOS")
+    made, date = {}, state_file.now()
+    for slot, partition in state_file.PARTITIONS.items():
+        directory = os.path.join(work, partition, slots.DIRECTORY)
         os.makedirs(directory, exist_ok=True)
         path, image_id = os.path.join(directory, f"{slot}.img"), images.new_identity(digest)
         with console.step(f"making {slot}.img, {fstype}") as advance:
-            images.build(tree, path, fstype=fstype, label=label, image_id=image_id, advance=advance)
+            images.build(tree, path, fstype=fstype, label=LABELS[slot], image_id=image_id, advance=advance)
         with console.step(f"checking {slot}.img") as advance:
             images.verify(path, tree, advance)
-        made.append(Image(slot=slot, image_id=image_id, size_bytes=os.path.getsize(path)))
+        known = {"source": source.text, "digest": source.digest, "date": date, "action": "install"}
+        made[slot] = Entry(image_id=image_id, label=LABELS[slot], fs=fstype, **known)
     shutil.rmtree(tree)
     return made
 
 
 def _check_scratch(source: Source, fstype: str, work: str) -> None:
     """Raise DeviceError where there is no room for the tree and, as far as that is known, its images."""
-    needed = source.needs_bytes * (1 + len(SLOTS) if fstype == images.EXT4 else 1)
+    needed = source.needs_bytes * (1 + len(LABELS) if fstype == images.EXT4 else 1)
     free = shutil.disk_usage(work).free
     if needed > free:
         raise DeviceError(
@@ -79,15 +68,19 @@ def _check_scratch(source: Source, fstype: str, work: str) -> None:
         )
 
 
-def stage(made: Sequence[Image], oem: Sequence[str], layout: Sequence[Partition], work: str) -> None:
+def stage(made: Mapping[str, Entry], oem: Sequence[str], layout: Sequence[Partition], work: str) -> None:
     """Put what partitions hold besides images into `work` too: a directory for each that has any files.
 
     Raises ImmucoreError and OSError.
     """
     values: dict[str, str] = {}
-    for image in made:
-        if image.slot in bootcount.COUNTED:
-            values = bootcount.written(values, bootcount.armed(image.image_id))
+    for slot in bootcount.COUNTED:
+        values = bootcount.written(values, bootcount.armed(made[slot].image_id))
+    state = State()
+    for slot, entry in made.items():
+        state.record(slot, entry)
+    for partition in ("state", "recovery"):
+        state_file.write(os.path.join(work, partition), state)
     directory = os.path.join(work, "oem")
     os.mkdir(directory)
     with open(os.path.join(directory, ENVIRONMENT), "wb") as file:
