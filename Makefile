@@ -14,9 +14,13 @@ BOOTS ?= 30
 # The distribution's interpreter: the bundle has to fit the glibc of the systems it is installed on.
 PYTHON ?= /usr/bin/python3.11
 
-BUNDLE := build/bundle/immucore
+BUNDLES := build/bundle
 VENV := build/venv
 BIN := $(VENV)/bin
+# What the booted system has: units, and drop-ins below the folder that they have in /usr/lib/systemd.
+SYSTEM := dracut-module/system
+UNITS := $(wildcard $(SYSTEM)/*.service $(SYSTEM)/*.timer $(SYSTEM)/*.target $(SYSTEM)/*.path)
+DROP_INS := $(wildcard $(SYSTEM)/*.conf.d/*.conf $(SYSTEM)/system/*.d/*.conf)
 PACKAGES := $(shell sed 's/:.*//' vm-tests/packages.txt)
 
 # What is installed already stays as it is.
@@ -55,19 +59,34 @@ unit: deps freeze  ## unit, golden and integration tests; at least 90 % of immuc
 golden: deps  ## write the expected plans of tests/golden anew; read the diff before you commit it
 	$(BIN)/pytest tests/golden --rewrite -q
 
-freeze: deps  ## build the frozen agent in build/bundle
+freeze: deps  ## build the frozen programs, the initramfs' and the booted system's, in build/bundle
 	@$(BIN)/python frozen/freeze.py
 
-install:  ## put the frozen agent and its dracut module into DESTDIR
-	@test -x $(BUNDLE)/immucore || { echo "$(BUNDLE)/immucore is not there: run 'make freeze' first" >&2; exit 1; }
-	rm -rf "$(DESTDIR)/usr/lib/immucore" "$(DESTDIR)/usr/lib/dracut/modules.d/50immucore"
-	mkdir -p "$(DESTDIR)/usr/bin" "$(DESTDIR)/usr/lib/immucore"
-	cp -r --preserve=mode,links $(BUNDLE)/. "$(DESTDIR)/usr/lib/immucore"
-	ln -sfn ../lib/immucore/immucore "$(DESTDIR)/usr/bin/immucore"
+# A unit of the booted system is enabled where its own [Install] section says, by a link beside it: an image-based
+# system has no presets that anybody runs, and what a derivative does not want it masks.
+install:  ## put the frozen programs, the dracut module and the booted system's units into DESTDIR
+	@for program in immucore immucore-system; do test -x $(BUNDLES)/$$program/immucore || \
+		{ echo "$(BUNDLES)/$$program is not there: run 'make freeze' first" >&2; exit 1; }; done
+	rm -rf "$(DESTDIR)/usr/lib/immucore/immucore" "$(DESTDIR)/usr/lib/immucore/_internal" \
+		"$(DESTDIR)/usr/lib/immucore-system" "$(DESTDIR)/usr/lib/dracut/modules.d/50immucore"
+	mkdir -p "$(DESTDIR)/usr/bin" "$(DESTDIR)/usr/lib/immucore/checks.d"
+	cp -r --preserve=mode,links $(BUNDLES)/immucore $(BUNDLES)/immucore-system "$(DESTDIR)/usr/lib"
+	ln -sfn ../lib/immucore-system/immucore "$(DESTDIR)/usr/bin/immucore"
 	install -D -t "$(DESTDIR)/usr/lib/dracut/modules.d/50immucore" dracut-module/50immucore/*
 	chmod 644 "$(DESTDIR)"/usr/lib/dracut/modules.d/50immucore/*.service
 	install -D -m 644 -t "$(DESTDIR)/usr/lib/dracut/dracut.conf.d" dracut-module/50-immucore.conf
 	install -D -t "$(DESTDIR)/usr/lib/systemd/system-shutdown" dracut-module/immucore.shutdown
+	set -e; for file in $(UNITS); do \
+		install -D -m 644 -t "$(DESTDIR)/usr/lib/systemd/system" $$file; \
+		for target in $$(sed -n 's/^WantedBy=//p' $$file); do \
+			mkdir -p "$(DESTDIR)/usr/lib/systemd/system/$$target.wants"; \
+			ln -sfn ../$${file##*/} "$(DESTDIR)/usr/lib/systemd/system/$$target.wants/$${file##*/}"; \
+		done; \
+	done
+	set -e; for file in $(DROP_INS); do \
+		folder=$${file#$(SYSTEM)/}; \
+		install -D -m 644 -t "$(DESTDIR)/usr/lib/systemd/$${folder%/*}" $$file; \
+	done
 
 images: deps freeze  ## build the test derivatives: root trees, initramfs images, slot images
 	$(BIN)/python vm-tests/derivative.py

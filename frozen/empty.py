@@ -1,1 +1,1 @@
-"""A program that does nothing: what the start alone costs, for the benchmark (`freeze.py --empty`)."""
+"""A program that does nothing: what the start alone costs, for the benchmark (`freeze.py empty`)."""

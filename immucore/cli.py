@@ -298,15 +298,19 @@ def main(arguments: Sequence[str], add: Callable[[Commands], None] | None = None
     parsed = parser.parse_args(_with_action(arguments))
     try:
         status: int = parsed.run(parsed)
+        sys.stdout.flush()  # where it is known what to do when that fails
     except ImmucoreError as error:
         print(f"immucore: {error.message}", file=sys.stderr)
         if error.hint:
             print(f"  hint: {error.hint}", file=sys.stderr)
         return error.exit_status
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # `immucore plan | head`: nobody reads on
-        return 0
     except OSError as error:
-        print(f"immucore: cannot read '{error.filename}': {error.strerror}", file=sys.stderr)
+        if error.filename:
+            print(f"immucore: cannot read '{error.filename}': {error.strerror}", file=sys.stderr)
+            return 2
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter tries once more at its end
+        if isinstance(error, BrokenPipeError):  # `immucore plan | head`: nobody reads on
+            return 0
+        print(f"immucore: cannot go on: {error.strerror}", file=sys.stderr)
         return 2
     return status

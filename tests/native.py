@@ -160,12 +160,13 @@ def command(*words: str | Path, stdin: str = "") -> str:
     return done.stdout
 
 
-def build_bundle(*arguments: str) -> None:
-    """Freeze the agent, or the empty program with `--empty`, if that has not been done yet."""
+def build_bundle(program: str = "immucore") -> Path:
+    """Freeze a program, the agent or another of frozen/checks.py, if that has not been done yet."""
     (ROOT / "build").mkdir(exist_ok=True)
     with (ROOT / "build/freeze.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # pytest -n: each worker comes here
-        command(sys.executable, ROOT / "frozen/freeze.py", *arguments)
+        command(sys.executable, ROOT / "frozen/freeze.py", program)
+    return BUNDLE / program
 
 
 def make_tree(root: Path, slot: str) -> Path:

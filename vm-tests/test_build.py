@@ -76,3 +76,13 @@ def test_initramfs_has_what_a_boot_needs(suite: str) -> None:
     unit = (unpacked / "usr/lib/systemd/system/immucore.service").read_text()
     assert "IgnoreOnIsolate=yes\n" in unit
     assert "\nConflicts=" not in unit
+
+
+@pytest.mark.parametrize("suite", derivative.SUITES)
+def test_initramfs_has_nothing_of_the_booted_system(suite: str) -> None:
+    root, unpacked = derivative.root(suite), derivative.unpacked(suite)
+    assert (root / "usr/bin/immucore").readlink() == Path("../lib/immucore-system/immucore")
+    assert (unpacked / "usr/bin/immucore").readlink() == Path("../lib/immucore/immucore")
+    assert (root / "usr/lib/immucore/checks.d").is_dir()
+    for path in ("usr/lib/immucore-system", "usr/lib/immucore/checks.d"):
+        assert not (unpacked / path).exists()

@@ -230,6 +230,81 @@ def leftovers(cut: Machine, disk: Disk, work: Path) -> list[str]:
         return sorted(os.listdir(root / ".state"))
 
 
+# What makes a file, besides its data: run where /srv/given of an image is to be, or what peers have kept.
+MAKE = """\
+mkdir -p plain/deep
+echo given >plain/file && chmod 4750 plain/file && chown 3:4 plain/file
+ln plain/file plain/deep/linked && ln -s ../file plain/deep/link && ln -s /nowhere dangling
+truncate -s 3M holes && printf end | dd of=holes bs=1 seek=2000000 conv=notrunc status=none
+cp plain/file capable && setcap cap_net_raw,cap_net_admin=ep capable
+echo shared >shared && setfacl -m u:7:rw,g:8:r shared
+mkdir inheriting && setfacl -m u:7:rwx -m d:u:7:rwx -m d:g:8:rx inheriting && echo in >inheriting/it
+setfattr -n user.note -v kept shared && setfattr -n trusted.note -v kept plain
+mknod null c 1 3 && mkfifo fifo && chmod 1777 inheriting
+echo fixed >fixed && echo longer >longer
+touch -d '2001-02-03 04:05:06.123456789' plain/file holes && touch -h -d '2002-02-03 04:05:06.7' dangling
+chattr +i fixed && chattr +a longer && chattr +d holes
+"""
+LIST = """\
+find . ! -type l | sort | xargs getfacl -n; find . | sort | xargs getfattr -hd -m - -e hex
+getcap -r . | sort; lsattr -aR . 2>/dev/null | sort  # symlinks have none
+find . ! -type d -printf '%P %y %m %U %G %s %n %T@ %l\\n' | sort
+find . -type d -printf '%P %y %m %U %G %T@\\n' | sort
+find . -type f -exec sha256sum {} + | sort
+"""
+
+
+def test_everything_that_makes_a_file_is_kept(
+    machine: Callable[..., Machine], cos_disk: Callable[..., Disk], work: Path
+) -> None:
+    """A first copy has all that the image has; what rsync has made for the peers stays to the last byte."""
+    ours = work / "active.img"
+    run("cp", "--sparse=always", derivative.images("bookworm")["active.img"], ours)
+    with mounted(ours, work / "image") as root:
+        for name in ("given", "kept"):
+            (root / "srv" / name).mkdir()
+            run("sh", "-ec", f"cd {root}/srv/{name}\n{MAKE}")
+        given = listing(root / "srv/given")
+        peers = work / "peers"
+        peers.mkdir()
+        run("rsync", "-aquAX", f"{root}/srv/kept/", peers)
+    layout = 'PERSISTENT_STATE_PATHS="/srv/given /srv/kept"\nPERSISTENT_STATE_BIND=true\n'
+    disk = cos_disk(oem={"cos-layout.env": layout}, state={"cOS/active.img": ours})
+    with mounted(disk.path, work / "persistent", disk.offsets["persistent"]) as root:
+        kept = root / ".state/srv-kept.bind"
+        kept.mkdir(parents=True)
+        run("rsync", "-aquAX", f"{peers}/", kept)
+        run(
+            "sh",
+            "-ec",
+            f"cd {kept} && echo mine >plain/file && rm shared && mkdir -m 700 own && cd own\n{MAKE}",
+        )
+        before = listing(kept)
+    booted = machine(disk, ACTIVE, keep_writes=True)
+
+    report = booted.boot(limit_s=90, until="initramfs", poweroff="clean")
+
+    assert report.result["outcome"] == "ok", report.console[-3000:]
+    with partition(booted, disk, "persistent", work) as root:
+        assert listing(root / ".state/srv-given.bind") == given
+        assert listing(root / ".state/srv-kept.bind") == before
+
+
+def listing(root: Path) -> list[str]:
+    return run("sh", "-ec", f"cd {root}\n{LIST}").splitlines()
+
+
+@contextlib.contextmanager
+def mounted(file: Path, where: Path, offset: int = 0) -> Iterator[Path]:
+    """Mount a file system that is in a file, to write into it."""
+    where.mkdir(exist_ok=True)
+    run("mount", "-o", f"loop,offset={offset}", file, where)
+    try:
+        yield where
+    finally:
+        run("umount", where)
+
+
 @contextlib.contextmanager
 def partition(cut: Machine, disk: Disk, name: str, work: Path) -> Iterator[Path]:
     """Mount a partition of a machine that is off."""

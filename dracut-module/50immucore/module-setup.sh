@@ -40,12 +40,12 @@ installkernel() {
     fi
 }
 
-# Install the whole bundle, symlinks and modes preserved, and the libraries that its files name and that are outside of it.
-# dracut alone looks at the launcher, which does not name what libpython needs.
+# Install the bundle, symlinks and modes preserved, and the libraries that its files name and that are outside of it. What else
+# lies beside it is the booted system's. dracut alone looks at the launcher, which does not name what libpython needs.
 _install_bundle() {
     local root=${dracutsysrootdir-} file magic needed library
     mkdir -p "$initdir$_bundle"
-    cp -a "$root$_bundle/." "$initdir$_bundle/" || return 1
+    cp -a "$root$_bundle/immucore" "$root$_bundle/_internal" "$initdir$_bundle" || return 1
     while IFS= read -r -d '' file; do
         LC_ALL=C IFS= read -r -N 4 magic 2> /dev/null < "$file"
         [[ $magic == $'\x7fELF' ]] || continue
@@ -59,7 +59,7 @@ _install_bundle() {
             [[ $library == "$root$_bundle"/* ]] && continue
             inst "$library" || return 1
         done < <(sed -n 's,^\s*\(.* => \)\?\(/[^ ]*\) (0x[0-9a-f]*)$,\2,p' <<< "$needed")
-    done < <(find "$root$_bundle" -type f -print0)
+    done < <(find "$root$_bundle/immucore" "$root$_bundle/_internal" -type f -print0)
 }
 
 # Whether the image has what systemd-cryptsetup opens at run time to ask a TPM. dracut itself puts that only into the

@@ -52,7 +52,7 @@ class Line:
 def native_boot(runs: int) -> list[Line]:
     """Measure the frozen agent's whole boot against an interpreter, an empty frozen program, and C."""
     native.build_bundle()
-    native.build_bundle("--empty")
+    native.build_bundle("empty")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for source in ("runner", "reference"):

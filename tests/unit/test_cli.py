@@ -280,3 +280,16 @@ def test_nobody_reads_on(tmp_path: Path) -> None:
             check=False,
         )
     assert (said.returncode, said.stderr) == (0, "")
+
+
+def test_output_that_finds_no_room(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        said = subprocess.run(
+            [sys.executable, "-m", "immucore", *arguments("plan", ACTIVE, tmp_path)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=REPOSITORY,
+            check=False,
+        )
+    assert (said.returncode, said.stderr) == (2, "immucore: cannot go on: No space left on device\n")
