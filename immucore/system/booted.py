@@ -111,6 +111,22 @@ def _number(path: str) -> str:
 
 
 @contextlib.contextmanager
+def readable(device: Device, name: str) -> Iterator[str]:
+    """Mount a partition for reading, at a path that is given. Raises OSError."""
+    target = f"{report.DIRECTORY}/{name}"
+    os.makedirs(target, mode=0o700, exist_ok=True)
+    mounted = syscalls.detached_mount(device.path, device.fstype, read_only=True)
+    try:
+        syscalls.attach_mount(mounted, target)
+    finally:
+        os.close(mounted)
+    try:
+        yield target
+    finally:
+        syscalls.umount(target)
+
+
+@contextlib.contextmanager
 def writable(device: Device, name: str) -> Iterator[str]:
     """Mount a partition for writing, at a path that is given; whoever has it mounted has it as before.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from immucore import cli
-from immucore.system import install
+from immucore.system import image_commands, install
 
 if TYPE_CHECKING:
     import argparse
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the commands of the booted system, each by the module that does it."""
+    image_commands.add_parser(commands)
     install.add_parser(commands)
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 EXT4_FEATURES = f"{images.EXT4_FEATURES},has_journal,resize_inode"
 INODE_BYTES = 256
 BYTES_PER_INODE = 16384
+FAT32_SECTORS = 70_000  # UEFI wants FAT32, which has 65525 clusters at least; what is smaller is FAT16 or 12
 JOURNAL_MIB = (4, 1024)  # at least, at most
 
 
@@ -103,6 +104,7 @@ def vfat(
     failure = f"cannot make the file system '{label}' on '{target}'"
     # -I: a whole disk is meant; --mbr=n: without the table that a stick without partitions has
     argv = ["mkfs.vfat", "-I", "--mbr=n", "-n", label, "-S", str(sector_bytes)]
+    argv += ["-F", "32"] if size_mib * MIB // sector_bytes >= FAT32_SECTORS else []
     argv += [f"--offset={offset_bytes // sector_bytes}", target, str(size_mib * 1024)]
     run(argv, failure)
     names = sorted(os.listdir(directory)) if directory else []

@@ -80,9 +80,9 @@ def _run(argv: list[str], path: str, stage: str, environment: Mapping[str, str])
     except OSError as error:
         raise ImageError(f"cannot run the hook '{path}': {error.strerror}", hint="correct it") from None
     if done.status:
-        said = "; ".join(line.strip() for line in done.output.splitlines() if line.strip())
+        said = "; ".join(line.strip() for line in done.output.splitlines() if line.strip())[-_SAID:]
         raise ImageError(
-            f"the hook '{path}' of {stage} ended with status {done.status}: {printable(said[-_SAID:]) or '-'}",
+            f"the hook '{path}' of {stage} ended with status {done.status}{printable(said and ': ' + said)}",
             hint="correct it, or what it complains of",
         )
 

@@ -24,12 +24,12 @@ from immucore.values import Record
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from immucore.cli import Commands
     from immucore.system.disks import Disk
+    from immucore.system.installation import Made
     from immucore.system.partitions import Partition
-    from immucore.system.state_file import Entry
 
 PROGRAMS = ("blkid", "e2fsck", "grub-mkimage", "mcopy", "mke2fs", "mkfs.vfat", "partx", "sfdisk", "wipefs")
 EFI = "/sys/firmware/efi"  # it is there if this machine was started by one
@@ -94,7 +94,8 @@ def install(arguments: argparse.Namespace) -> int:
         with tempfile.TemporaryDirectory(prefix="immucore.", dir=request.scratch) as work:
             made = installation.make(source, request.fstype, work, console)
             installation.stage(made, request.oem, layout, work)
-            installation.check_room(layout, work)
+            for note in installation.check_room(layout, made, work):
+                console.say(f"note: {note}")
             installation.write(disk, layout, work, console)
     _tell(console, request, layout, made)
     return 0
@@ -205,7 +206,7 @@ def _refuse(disk: Disk, request: Request, layout: Sequence[Partition]) -> None:
 
 
 def _tell(
-    console: Console, request: Request, layout: Sequence[Partition], made: Mapping[str, Entry]
+    console: Console, request: Request, layout: Sequence[Partition], made: Made
 ) -> None:
     sizes = ", ".join(f"{each.name} {each.size_mib}" for each in layout)
     console.result(
@@ -213,5 +214,5 @@ def _tell(
         target=request.target,
         firmware=request.firmware,
         partitions=[dict(each.items()) for each in layout],
-        images={slot: entry.image_id for slot, entry in made.items()},
+        images={slot: entry.image_id for slot, entry in made.entries.items()},
     )

@@ -14,26 +14,33 @@ from typing import TYPE_CHECKING
 
 from immucore import bootcount, grubenv
 from immucore.errors import DeviceError, ImmucoreError
-from immucore.system import bootloader, filesystems, images, partitions, slots, state_file
+from immucore.system import bootable, bootloader, content, filesystems, images, partitions, slots, state_file
 from immucore.system.partitions import MIB
 from immucore.system.state_file import Entry, State
+from immucore.values import Record
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from immucore.system.console import Console
     from immucore.system.disks import Disk
     from immucore.system.partitions import Partition
     from immucore.system.sources import Source
 
-LABELS = {**slots.LABELS, bootcount.RECOVERY: "COS_SYSTEM"}
 ENVIRONMENT = "grubenv"  # on OEM
 
 
-def make(source: Source, fstype: str, work: str, console: Console) -> dict[str, Entry]:
+class Made(Record):
+    """What was made of a source: what state.yaml says of each slot, and what another image would take."""
+
+    entries: dict[str, Entry]
+    upgrade_bytes: int
+
+
+def make(source: Source, fstype: str, work: str, console: Console) -> Made:
     """Unpack a source, and make an image of it for each slot, in the directory `work`.
 
-    Returns what state.yaml is to say of each. Raises ImmucoreError and OSError.
+    Raises ImmucoreError and OSError.
     """
     tree = os.path.join(work, "tree")
     with console.step(f"reading {source.text}"):
@@ -41,24 +48,28 @@ def make(source: Source, fstype: str, work: str, console: Console) -> dict[str, 
     _check_scratch(source, fstype, work)
     with console.step(f"unpacking {source.text}") as advance:
         digest = source.unpack(tree, advance)
+    bootable.check(tree)
     made, date = {}, state_file.now()
     for slot, partition in state_file.PARTITIONS.items():
         directory = os.path.join(work, partition, slots.DIRECTORY)
         os.makedirs(directory, exist_ok=True)
         path, image_id = os.path.join(directory, f"{slot}.img"), images.new_identity(digest)
         with console.step(f"making {slot}.img, {fstype}") as advance:
-            images.build(tree, path, fstype=fstype, label=LABELS[slot], image_id=image_id, advance=advance)
+            images.build(
+                tree, path, fstype=fstype, label=slots.LABELS[slot], image_id=image_id, advance=advance
+            )
         with console.step(f"checking {slot}.img") as advance:
             images.verify(path, tree, advance)
         known = {"source": source.text, "digest": source.digest, "date": date, "action": "install"}
-        made[slot] = Entry(image_id=image_id, label=LABELS[slot], fs=fstype, **known)
+        made[slot] = Entry(image_id=image_id, label=slots.LABELS[slot], fs=fstype, **known)
+    upgrade_bytes = content.room(tree).bytes + os.path.getsize(path)
     shutil.rmtree(tree)
-    return made
+    return Made(entries=made, upgrade_bytes=upgrade_bytes)
 
 
 def _check_scratch(source: Source, fstype: str, work: str) -> None:
     """Raise DeviceError where there is no room for the tree and, as far as that is known, its images."""
-    needed = source.needs_bytes * (1 + len(LABELS) if fstype == images.EXT4 else 1)
+    needed = source.needs_bytes * (1 + len(slots.LABELS) if fstype == images.EXT4 else 1)
     free = shutil.disk_usage(work).free
     if needed > free:
         raise DeviceError(
@@ -68,16 +79,16 @@ def _check_scratch(source: Source, fstype: str, work: str) -> None:
         )
 
 
-def stage(made: Mapping[str, Entry], oem: Sequence[str], layout: Sequence[Partition], work: str) -> None:
+def stage(made: Made, oem: Sequence[str], layout: Sequence[Partition], work: str) -> None:
     """Put what partitions hold besides images into `work` too: a directory for each that has any files.
 
     Raises ImmucoreError and OSError.
     """
     values: dict[str, str] = {}
     for slot in bootcount.COUNTED:
-        values = bootcount.written(values, bootcount.armed(made[slot].image_id))
+        values = bootcount.written(values, bootcount.armed(made.entries[slot].image_id))
     state = State()
-    for slot, entry in made.items():
+    for slot, entry in made.entries.items():
         state.record(slot, entry)
     for partition in ("state", "recovery"):
         state_file.write(os.path.join(work, partition), state)
@@ -92,8 +103,12 @@ def stage(made: Mapping[str, Entry], oem: Sequence[str], layout: Sequence[Partit
         bootloader.efi_tree(bootloader.menu(), os.path.join(work, "efi"))
 
 
-def check_room(layout: Sequence[Partition], work: str) -> None:
-    """Raise DeviceError where a partition has no room for what was made for it."""
+def check_room(layout: Sequence[Partition], made: Made, work: str) -> list[str]:
+    """Raise DeviceError where a partition has no room for what was made for it.
+
+    Returns where there is none for what an upgrade puts beside it.
+    """
+    notes = []
     for each in layout:
         needed, room = _bytes(os.path.join(work, each.name)), filesystems.room_bytes(each.size_mib)
         if each.fstype and needed > room:
@@ -102,6 +117,11 @@ def check_room(layout: Sequence[Partition], work: str) -> None:
                 f" of its {each.size_mib} MiB it has room for {room // MIB}",
                 hint=f"--partition {each.name}={filesystems.least_mib(needed)}",
             )
+        upgraded = needed + made.upgrade_bytes
+        if each.name in state_file.PARTITIONS.values() and upgraded > room:
+            least = filesystems.least_mib(upgraded)
+            notes.append(f"no room for an upgrade of this size: that takes --partition {each.name}={least}")
+    return notes
 
 
 def _bytes(directory: str) -> int:

@@ -16,17 +16,23 @@ import os
 from typing import TYPE_CHECKING
 
 from immucore import bootcount, files, superblock, syscalls
-from immucore.bootcount import ACTIVE, BAD, GOOD, PASSIVE, TRYING
+from immucore.bootcount import ACTIVE, BAD, COUNTED, GOOD, PASSIVE, RECOVERY, TRYING
 from immucore.system import images
+from immucore.system.programs import run
 from immucore.values import Record
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
+
+    from immucore.system.environment import Environment
 
 DIRECTORY = "cOS"
-FILES = {ACTIVE: "active.img", PASSIVE: "passive.img"}
+FILES = {ACTIVE: "active.img", PASSIVE: "passive.img", RECOVERY: "recovery.img"}
+LABELS = {ACTIVE: "COS_ACTIVE", PASSIVE: "COS_PASSIVE", RECOVERY: "COS_SYSTEM"}
+EARLIER_RECOVERY = "recovery.squashfs"  # as cos-toolkit has called it; its grub.cfg prefers it
 TRANSITION, PREVIOUS = "transition.img", "previous.img"  # work: whatever has these names can be removed
-LABELS = {ACTIVE: "COS_ACTIVE", PASSIVE: "COS_PASSIVE"}
+WORK = "work."  # what the names of work directories begin with
+SAVED_ENTRY, TRIES_PREFIX = "saved_entry", "tries_"
 _RANKS = (BAD, TRYING, GOOD)
 
 
@@ -47,12 +53,12 @@ def survey(directory: str, values: Mapping[str, str], booted: str, running: str 
     the image that runs. One without is told by the slot that was booted, or, where that has been exchanged
     since, by having none.
     """
-    found = {name: _slot(name, os.path.join(directory, file), values) for name, file in FILES.items()}
+    found = {name: _slot(name, os.path.join(directory, FILES[name]), values) for name in COUNTED}
     if running:
         names = [name for name, slot in found.items() if slot.image_id == running]
     else:
         names = [name for name, slot in found.items() if slot.whole and not slot.image_id]
-        names = [booted] if booted in names else names if booted in FILES else []
+        names = [booted] if booted in names else names if booted in COUNTED else []
     return {name: slot.replace(running=name in names) for name, slot in found.items()}
 
 
@@ -120,8 +126,52 @@ def _take_back(previous: str, passive: str) -> None:
         os.unlink(passive)
 
 
+def commit_recovery(directory: str) -> None:
+    """Make `transition.img` the recovery image of the `cOS` of COS_RECOVERY. Raises OSError."""
+    os.rename(os.path.join(directory, TRANSITION), os.path.join(directory, FILES[RECOVERY]))
+    files.fsync(directory)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(os.path.join(directory, EARLIER_RECOVERY))
+
+
 def clean(directory: str) -> None:
     """Remove what work has left in a `cOS` directory. Raises OSError and ImageError."""
     for name in (TRANSITION, PREVIOUS):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(directory, name))
+    left = [os.path.join(directory, name) for name in files.names(directory) if name.startswith(WORK)]
+    if left:  # never into what a hook has mounted there
+        failure = f"cannot remove what earlier work has left in '{directory}'"
+        run(["rm", "--recursive", "--force", "--one-file-system", "--", *left], failure)
+
+
+def arm(environment: Environment, image_id: str) -> None:
+    """Give an image that is about to be put in place all its tries; they are on the disk then."""
+    environment.write(bootcount.written(environment.read(), bootcount.armed(image_id)))
+
+
+def disarm(environment: Environment, image_id: str) -> None:
+    """Take that back."""
+    values = environment.read()
+    environment.write({name: value for name, value in values.items() if not name.endswith(f"_{image_id}")})
+
+
+def forget(environment: Environment, found: Iterable[Slot]) -> None:
+    """Keep nothing of images that are in no slot, and let active be the slot that is wanted."""
+    values = environment.read()
+    kept_values = bootcount.forgotten(values, [slot.image_id for slot in found if slot.image_id])
+    if bootcount.wanted(kept_values.get(SAVED_ENTRY, "")) != ACTIVE:
+        del kept_values[SAVED_ENTRY]
+    if kept_values != values:
+        environment.write(kept_values)
+
+
+def judged_bad(values: Mapping[str, str]) -> set[str]:
+    """Give the digests of the images that GRUB's environment block knows to be bad."""
+    ids = [name.removeprefix(TRIES_PREFIX) for name in values if name.startswith(TRIES_PREFIX)]
+    return {digest_of(each) for each in ids if bootcount.read(values, each).state == BAD}
+
+
+def digest_of(image_id: str | None) -> str:
+    """Give the part of an identity that says what is in the image; empty where there is none."""
+    return (image_id or "").partition("_")[0]

@@ -107,11 +107,16 @@ class ImageFile(_Local):
         self._fstype = found.fstype
         if not found.fstype:
             raise ImageError(f"cannot read '{self.path}': it holds no file system that is known", hint=_HINT)
+        if found.fstype != images.SQUASHFS and not images.is_root():
+            raise ImageError(
+                f"cannot unpack '{self.text}': of {found.fstype}, only root can read all that belongs to a file",
+                hint="run it as root; a squashfs or an archive of tar needs none",
+            )
         self.needs_bytes = found.claimed_bytes
 
     def _unpack(self, directory: str, advance: Advance) -> None:
         self.look()
-        if self._fstype == images.SQUASHFS or os.geteuid() or FAKEROOT in os.environ:
+        if self._fstype == images.SQUASHFS:
             images.unpack(self.path, self._fstype, directory)
             return
         with images.mounted(self.path, self._fstype) as there:

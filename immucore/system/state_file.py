@@ -70,6 +70,11 @@ class State:
         entries = [self.entry(slot) for slot in PARTITIONS] if image_id else []
         return next((entry for entry in entries if entry and entry.image_id == image_id), None)
 
+    def of_digest(self, digest: str) -> Entry | None:
+        """Give the entry of an image that was made of a source with this digest."""
+        entries = [self.entry(slot) for slot in PARTITIONS] if digest else []
+        return next((entry for entry in entries if entry and entry.digest == digest), None)
+
     def record(self, slot: str, entry: Entry | None) -> None:
         """Set the entry of a slot; None: nothing is known of what it holds."""
         partition = PARTITIONS[slot]
