@@ -30,9 +30,9 @@ MENU = "boot/grub/grub.cfg"
 # What grub.cfg uses, and then what is for grubcustom and for who types at GRUB's prompt. Nothing is loaded
 # later: no file system has the rest.
 MODULES = (
-    *("boot", "configfile", "echo", "eval", "ext2", "fat", "gzio", "halt", "linux", "loadenv", "loopback", "memdisk"),
-    *("minicmd", "multiboot", "normal", "part_gpt", "reboot", "regexp", "search", "search_label", "serial", "sleep"),
-    *("squash4", "tar", "terminal", "test"),
+    *("boot", "configfile", "echo", "eval", "ext2", "fat", "gzio", "halt", "linux", "loadenv", "loopback"),
+    *("memdisk", "minicmd", "multiboot", "normal", "part_gpt", "reboot", "regexp", "search", "search_label"),
+    *("serial", "sleep", "squash4", "tar", "terminal", "test"),
     *("chain", "ls", "part_msdos", "probe", "search_fs_file", "search_fs_uuid", "true"),
 )
 PLATFORM_MODULES = {"x86_64-efi": ["all_video"], "i386-pc": ["biosdisk"]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from immucore import cli
-from immucore.system import image_commands, install
+from immucore.system import image_commands, install_command
 
 if TYPE_CHECKING:
     import argparse
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the commands of the booted system, each by the module that does it."""
     image_commands.add_parser(commands)
-    install.add_parser(commands)
+    install_command.add_parser(commands)
 
 
 def main(arguments: Sequence[str]) -> int:

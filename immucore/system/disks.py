@@ -41,8 +41,9 @@ AMBIVALENT = 8  # blkid(8), as a status
 class Disk:
     """A block device or a file, open and locked: udev leaves it alone, and so does a second installation."""
 
-    def __init__(self, path: str, descriptor: int) -> None:
+    def __init__(self, path: str, descriptor: int, name: str) -> None:
         self.path = path
+        self.name = name  # what messages call it
         self._descriptor = descriptor
         status = os.fstat(descriptor)
         self.is_device = stat.S_ISBLK(status.st_mode)
@@ -174,27 +175,27 @@ def opened(path: str) -> Iterator[Disk]:
     try:
         _refuse_what_is_no_disk(path, os.fstat(descriptor))
         _lock(path, descriptor)
-        yield Disk(os.path.realpath(path), descriptor)
+        yield Disk(os.path.realpath(path), descriptor, path)
     finally:
         os.close(descriptor)
 
 
 @contextlib.contextmanager
-def created(path: str, size_mib: int) -> Iterator[Disk]:
+def created(path: str, size_mib: int, name: str) -> Iterator[Disk]:
     """Make an empty file of this size, also in the place of one that was left over. Raises DeviceError."""
     descriptor = _open(path, os.O_CREAT | os.O_NOFOLLOW)
     try:
         _lock(path, descriptor)
         os.ftruncate(descriptor, 0)
         os.ftruncate(descriptor, size_mib * MIB)
-        yield Disk(path, descriptor)
+        yield Disk(path, descriptor, name)
     finally:
         os.close(descriptor)
 
 
 def _open(path: str, flags: int = 0) -> int:
     hints = {
-        errno.ENOENT: "list the disks with lsblk; for a new file: --size MIB",
+        errno.ENOENT: "list the disks with: lsblk; for a new file: --size MIB",
         errno.EACCES: "run it as root",
         errno.EROFS: "it can only be read: is it write-protected?",
     }
@@ -202,7 +203,8 @@ def _open(path: str, flags: int = 0) -> int:
         return os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | flags, 0o666)
     except OSError as error:
         raise DeviceError(
-            f"cannot install on '{path}': {error.strerror}", hint=hints.get(error.errno or 0, "")
+            f"cannot install on '{path}': {error.strerror}",
+            hint=hints.get(error.errno or 0, "list the disks with: lsblk"),
         ) from None
 
 

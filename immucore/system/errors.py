@@ -9,3 +9,8 @@ class ImageError(ImmucoreError):
     """An image cannot be fetched, made, checked or put in its place; what was there stays."""
 
     exit_status = 4
+
+
+def told(error: OSError) -> str:
+    """Say what the kernel has refused, and of which file if that is known."""
+    return f"'{error.filename}': {error.strerror}" if error.filename else str(error.strerror)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # As the images have it, which GRUB 2.06 reads, and what a file system needs that is written to, and grows.
 EXT4_FEATURES = f"{images.EXT4_FEATURES},has_journal,resize_inode"
 INODE_BYTES = 256
-BYTES_PER_INODE = 16384
+SMALL_MIB = 512  # below that mke2fs makes four times as many inodes
 FAT32_SECTORS = 70_000  # UEFI wants FAT32, which has 65525 clusters at least; what is smaller is FAT16 or 12
 JOURNAL_MIB = (4, 1024)  # at least, at most
 
@@ -29,12 +29,18 @@ def journal_mib(size_mib: int) -> int:
     return max(least, min(size_mib // 128, most))
 
 
+def _bytes_per_inode(size_mib: int) -> int:
+    return 4096 if size_mib < SMALL_MIB else 16384
+
+
 def room_bytes(size_mib: int) -> int:
     """Return how much is left of a partition for files: of ext4 all but its journal and tables.
 
     FAT, whose tables are smaller, has some more.
     """
-    return (size_mib - journal_mib(size_mib) - 1) * MIB - size_mib * MIB // 50
+    size_bytes = size_mib * MIB
+    inodes = size_bytes // _bytes_per_inode(size_mib)
+    return size_bytes - (journal_mib(size_mib) + 1) * MIB - inodes * INODE_BYTES - size_bytes // 200
 
 
 def least_mib(needed_bytes: int) -> int:
@@ -81,7 +87,16 @@ def ext4(
         f"offset={offset_bytes},root_owner=0:0,nodiscard,lazy_journal_init=0,lazy_itable_init={lazy:d}"
     )
     argv = ["mke2fs", "-q", "-F", "-t", "ext4", "-O", EXT4_FEATURES, "-E", extended, "-L", label, "-U", uuid]
-    argv += ["-b", str(content.BLOCK_BYTES), "-I", str(INODE_BYTES), "-i", str(BYTES_PER_INODE), "-m", "0"]
+    argv += [
+        "-b",
+        str(content.BLOCK_BYTES),
+        "-I",
+        str(INODE_BYTES),
+        "-i",
+        str(_bytes_per_inode(size_mib)),
+        "-m",
+        "0",
+    ]
     argv += ["-J", f"size={journal_mib(size_mib)}", *(["-d", directory] if directory else [])]
     run([*argv, target, f"{size_mib}M"], f"cannot make the file system '{label}' on '{target}'")
 

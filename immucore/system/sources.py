@@ -109,7 +109,7 @@ class ImageFile(_Local):
             raise ImageError(f"cannot read '{self.path}': it holds no file system that is known", hint=_HINT)
         if found.fstype != images.SQUASHFS and not images.is_root():
             raise ImageError(
-                f"cannot unpack '{self.text}': of {found.fstype}, only root can read all that belongs to a file",
+                f"cannot unpack '{self.text}': only root can read all that {found.fstype} has of a file",
                 hint="run it as root; a squashfs or an archive of tar needs none",
             )
         self.needs_bytes = found.claimed_bytes

@@ -13,8 +13,19 @@ import shutil
 from typing import TYPE_CHECKING
 
 from immucore import bootcount, grubenv
-from immucore.errors import DeviceError, ImmucoreError
-from immucore.system import bootable, bootloader, content, filesystems, images, partitions, slots, state_file
+from immucore.errors import DeviceError, ImmucoreError, Interrupted
+from immucore.system import (
+    bootable,
+    bootloader,
+    content,
+    filesystems,
+    images,
+    partitions,
+    slots,
+    state_file,
+    steps,
+)
+from immucore.system.errors import told
 from immucore.system.partitions import MIB
 from immucore.system.state_file import Entry, State
 from immucore.values import Record
@@ -134,14 +145,15 @@ def write(disk: Disk, layout: Sequence[Partition], work: str, console: Console) 
     """Write it all: what is on the disk is lost from here on. Raises DeviceError."""
     try:
         _write(disk, layout, work, console)
-    except BaseException as error:
+        steps.hold()
+    except (ImmucoreError, OSError) as error:
         with contextlib.suppress(ImmucoreError, OSError):
             disk.erase()
-        if not isinstance(error, ImmucoreError | OSError):
-            raise
-        reason = error.message if isinstance(error, ImmucoreError) else error.strerror
+        if isinstance(error, Interrupted):
+            raise Interrupted(f"stopped: '{disk.name}' is blank now") from None
+        reason = error.message if isinstance(error, ImmucoreError) else told(error)
         raise DeviceError(
-            f"cannot write '{disk.path}', which is blank now: {reason}",
+            f"cannot write '{disk.name}', which is blank now: {reason}",
             hint="see what the kernel says of it: dmesg | tail",
         ) from None
     disk.announce()
