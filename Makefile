@@ -32,8 +32,8 @@ APT_INSTALL := apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get inst
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t16
 
-demo: deps freeze  ## boot the demo machine and show what was mounted and when (SLOT=passive, SLOT=recovery, SHELL=1)
-	@$(BIN)/python vm-tests/demo.py --slot $(SLOT) $(DEMO_OPTIONS)
+demo: deps freeze  ## boot the demo machine and show what was mounted and when (SLOT=passive, SLOT=recovery, SHELL=1; SCENARIO=bad-upgrade)
+	@$(BIN)/python vm-tests/demo.py --slot $(SLOT) $(DEMO_OPTIONS) $(if $(SCENARIO),--scenario $(SCENARIO))
 
 test: check unit vm-test  ## run everything: linters, unit and integration tests with coverage, tests in machines
 

@@ -8,6 +8,7 @@ import sys
 
 import derivative
 import disk as disks
+import story
 from machine import Machine
 from report import Mounted, Report
 from rich.console import Console
@@ -119,9 +120,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make demo", description="Boot the demo machine.")
     parser.add_argument("--slot", choices=SLOTS, default="active")
     parser.add_argument("--shell", action="store_true", help="take its console instead of a report")
+    parser.add_argument("--scenario", choices=["bad-upgrade"], help="a story of several boots instead")
     arguments = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
     derivative.require_tools()
+    if arguments.scenario:
+        return story.tell(console)
     disk = disks.cos_disk(oem={"cos-layout.env": LAYOUT})
     machine = Machine(disk, SLOTS[arguments.slot] + ("" if arguments.shell else " quiet"))
     if arguments.shell:

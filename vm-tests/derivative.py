@@ -37,12 +37,13 @@ PACKAGES = """
 systemd systemd-sysv udev dracut kmod e2fsprogs util-linux mount login passwd attr dmsetup
 """
 # A derivative of another flavour is <suite>-<flavour>: `stacks` has what assembles LUKS, LVM and md, and a
-# kernel that knows USB.
+# kernel that knows USB; `selinux` has a policy, and its images have labels.
 FLAVOURS = {
     "": "linux-image-cloud-amd64",
     "stacks": (
         "linux-image-amd64 cryptsetup-bin lvm2 mdadm libtss2-esys-3.0.2-0 libtss2-rc0 libtss2-tcti-device0"
     ),
+    "selinux": "linux-image-cloud-amd64 selinux-policy-default policycoreutils selinux-utils",
 }
 # Never unpacked: nothing in a boot reads them, and dpkg and mke2fs take their time over them.
 EXCLUDED = (
@@ -420,6 +421,11 @@ def image_tree(suite: str) -> Path:
                 path.unlink()
         run("chroot", target, "depmod", modules.name)
         (target / SLOT_FILE).write_text("active")
+        contexts = target / "etc/selinux/default/contexts/files/file_contexts"
+        if contexts.exists():
+            (target / "etc/selinux/config").write_text("SELINUX=permissive\nSELINUXTYPE=default\n")
+            script = 'mount --bind /proc "$1/proc"; exec chroot "$1" setfiles -F -e /proc "/$2" /'
+            run("unshare", "--mount", "sh", "-ec", script, "sh", target, contexts.relative_to(target))
 
     return cached(f"{suite}-tree", digest(source.name, STRIPPED, MODULES), make)
 
@@ -450,6 +456,39 @@ def images(suite: str) -> dict[str, Path]:
 
     directory = cached(f"{suite}-images", digest(source.name, *EXT4), make)
     return {path.name: path for path in sorted(directory.iterdir())}
+
+
+# As a derivative brings them (cos-toolkit's convention); the words are those of machine.CMDLINE.
+BOOTARGS = """\
+set kernel=/boot/vmlinuz
+set initramfs=/boot/initrd
+set kernelcmd="console=ttyS0 norandmaps nokaslr cryptomgr.notests tsc=reliable quiet {more}"
+"""
+
+
+def bootable_tree(
+    suite: str, name: str = "first", files: Mapping[str, str] | None = None, more: str = ""
+) -> Path:
+    """Return the images' tree with what a boot loader needs: kernel, initramfs, kernel arguments.
+
+    `name` is in its /etc/immucore-slot; `files` are added to it, executable, and `more` is for the kernel.
+    """
+    source, initrd = image_tree(suite), initramfs(suite)
+
+    def make(target: Path) -> None:
+        run("cp", "-al", source, target)
+        (target / SLOT_FILE).unlink()  # a hard link: not to be written through
+        contents = {SLOT_FILE: name, "etc/cos/bootargs.cfg": BOOTARGS.format(more=more), **(files or {})}
+        for path, content in contents.items():
+            place = target / path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text(content)
+            place.chmod(0o755 if path in (files or {}) else 0o644)
+        run("cp", "--reflink=auto", kernel(suite), target / "boot/vmlinuz")
+        run("zstd", "-q", "-10", initrd, "-o", target / "boot/initrd")  # GRUB takes its time over a big one
+
+    key = digest(source.name, initrd.parent.name, name, repr(sorted((files or {}).items())), more, CODE)
+    return cached(f"{suite}-bootable-{name}", key, make)
 
 
 def write_file(image: Path, path: str, content: str | bytes, offset: int = 0) -> None:

@@ -39,7 +39,7 @@ CMDLINE = (
 # allocator uses it, panics in every second boot.
 QEMU = (
     "qemu-system-x86_64 -nodefaults -no-user-config -machine q35 -cpu max,-la57,-cx16 -display none"
-    " -no-reboot -object rng-builtin,id=rng -device virtio-rng-pci,rng=rng"
+    " -object rng-builtin,id=rng -device virtio-rng-pci,rng=rng"
 )
 # EDK II; with -kernel it finds kernel and initramfs in QEMU's fw_cfg, and starts the kernel from there.
 FIRMWARE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
@@ -47,6 +47,7 @@ VARIABLES = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
 REPORT_MIB = 32
 PATIENCE = 2.0  # limits are for a host that boots in 15 s; half as fast has to do too
 INSIST_S = 5.0
+MANY_COPIES = 64
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -71,7 +72,8 @@ class Machine:
     of this machine sees them. `initramfs` is a variant of derivative.VARIANTS, `initramfs_files` are added
     to it. `disk_paths` attaches the disk more than once, `tpm` is the state of a TPM 2.0, written to only
     with `keep_writes`. With a `screen` the machine has a tty1 too, with `efi` its firmware is UEFI, and each
-    boot begins with no variables but the firmware's own.
+    boot begins with no variables but the firmware's own. With `boot_loader` the firmware starts that of the
+    disk, which alone decides what is booted, and a machine that restarts goes on until it has reported.
     """
 
     numbers = itertools.count(1)
@@ -91,6 +93,8 @@ class Machine:
         keep_writes: bool = False,
         screen: bool = False,
         efi: bool = False,
+        boot_loader: bool = False,
+        devices: Sequence[str] = (),
         work: Path | None = None,
     ) -> None:
         self.disk = disk
@@ -108,6 +112,8 @@ class Machine:
         self.keep_writes = keep_writes
         self.screen = screen
         self.efi = efi
+        self.boot_loader = boot_loader
+        self.devices = devices  # more of QEMU's arguments
         self.work = (work or CACHE / "run") / f"machine.{os.getpid()}.{next(self.numbers)}"
         self.work.mkdir(parents=True)
         self.boots = 0
@@ -133,19 +139,9 @@ class Machine:
         self.boots += 1
         request = self.work / f"report.{self.boots}"
         write_request(request, commands, files, poweroff or ("clean" if self.keep_writes else "fast"))
-        initrd = derivative.reporting_initramfs(self.disk.suite, self.initramfs)
-        if self.initramfs_files:
-            initrd = self.work / "initramfs"
-            run(
-                "cp",
-                "--reflink=auto",
-                derivative.reporting_initramfs(self.disk.suite, self.initramfs),
-                initrd,
-            )
-            with initrd.open("ab") as stream:
-                stream.write(cpio(self.initramfs_files))
         cmdline = self.cmdline + (" vm-test.until=initramfs" if until == "initramfs" else "")
-        arguments = [*self.arguments(initrd, cmdline), *drive(request, "report", "raw")]
+        kernel = [] if self.boot_loader else self.kernel(self.reporting_initramfs(), cmdline)
+        arguments = [*self.arguments(), *kernel, *drive(request, "report", "raw")]
         if icount_shift is None:
             arguments += ["-accel", "tcg,tb-size=512"]
         else:
@@ -160,15 +156,26 @@ class Machine:
             guest = stack.enter_context(Guest(self.work / f"console.{self.boots}", arguments))
             ended, seconds = guest.run(limit_s * PATIENCE, when)
         report = Report(guest.console, ended, seconds, tuple(commands), read_answer(request))
-        if self.initramfs_files:
-            initrd.unlink()
+        (self.work / "initramfs").unlink(missing_ok=True)
         return report
+
+    def reporting_initramfs(self) -> Path:
+        """Return the initramfs that reports, with this machine's files."""
+        initrd = derivative.reporting_initramfs(self.disk.suite, self.initramfs)
+        if not self.initramfs_files:
+            return initrd
+        own = self.work / "initramfs"
+        run("cp", "--reflink=auto", initrd, own)
+        with own.open("ab") as stream:
+            stream.write(cpio(self.initramfs_files))
+        return own
 
     def interactive(self) -> int:
         """Boot with this terminal as the console and nothing to report; Ctrl-A X ends it."""
         initrd = derivative.initramfs(self.disk.suite, self.initramfs)
         arguments = [
-            *self.arguments(initrd, self.cmdline),
+            *self.arguments(),
+            *self.kernel(initrd, self.cmdline),
             "-accel",
             "tcg,tb-size=512",
             "-serial",
@@ -176,11 +183,22 @@ class Machine:
         ]
         return subprocess.run(arguments, check=False).returncode
 
-    def arguments(self, initrd: Path, cmdline: str) -> list[str]:
+    def kernel(self, initrd: Path, cmdline: str) -> list[str]:
+        """Return the arguments with which QEMU is the boot loader; a machine that restarts ends."""
+        kernel = derivative.kernel(self.disk.suite)
+        return [
+            "-no-reboot",
+            "-kernel",
+            str(kernel),
+            "-initrd",
+            str(initrd),
+            "-append",
+            f"{CMDLINE} {cmdline}",
+        ]
+
+    def arguments(self) -> list[str]:
         """Return QEMU's command line, but for what a boot adds."""
-        arguments = [*QEMU.split(), "-smp", "1", "-m", str(self.memory_mib)]
-        arguments += ["-kernel", str(derivative.kernel(self.disk.suite)), "-initrd", str(initrd)]
-        arguments += ["-append", f"{CMDLINE} {cmdline}"]
+        arguments = [*QEMU.split(), "-smp", "1", "-m", str(self.memory_mib), *self.devices]
         if self.screen:
             arguments += ["-device", "VGA"]
         if self.efi:
@@ -194,6 +212,8 @@ class Machine:
             cache = "writeback" if self.keep_writes else "unsafe"
             overlay = self.overlay(each.path, each.serial)
             arguments += drive(overlay, each.serial, "qcow2", cache, bus=each.bus, paths=each.paths)
+            if self.boot_loader and each.path == self.disk.path:
+                arguments[-1] += ",bootindex=0"  # firmware looks at no disk that has no place in its order
         return arguments
 
     @contextlib.contextmanager
@@ -270,6 +290,7 @@ class Guest:
         self.monitor, theirs = socket.socketpair()
         self.replies = b""
         self.ended = "unknown"
+        self.stopped = False
         self.plugged = 0
         self.insisting: tuple[str, str] | None = None
         self.typed = 0.0
@@ -363,6 +384,8 @@ class Guest:
             message = json.loads(line)
             if message.get("event") == "SHUTDOWN":
                 self.ended = message["data"]["reason"]
+            elif message.get("event") in ("STOP", "RESUME"):
+                self.stopped = message["event"] == "STOP"
             elif "error" in message:
                 raise RuntimeError(f"QEMU refused a command: {message['error']['desc']}")
         return bool(data)
@@ -407,6 +430,35 @@ class Guest:
         """
         self.insisting = (text, answer)
         self.type(text)
+
+    def copies(self, disk: Path, until: str, every_s: float = 0.05) -> list[Path]:
+        """Copy a disk's overlay again and again until the console matches `until`: what a power cut leaves.
+
+        The machine stands still meanwhile. What QEMU has not written by then is not in the file, which is
+        what it would be if QEMU were killed at that moment.
+        """
+        found: list[Path] = []
+        number = 0
+        while re.search(until, self.console, re.MULTILINE) is None:
+            number += 1
+            found.append(self.copy(disk, number))
+            if len(found) > MANY_COPIES:  # it takes longer than expected: half as many, half as often
+                for copy in found[1::2]:
+                    copy.unlink()
+                found, every_s = found[::2], every_s * 2
+            if self.run(time.monotonic() - self.start + every_s, ())[0] != "limit":
+                break
+        return found
+
+    def copy(self, disk: Path, number: int) -> Path:
+        """Copy a disk's overlay once, beside it."""
+        target = disk.with_suffix(f".{number}{disk.suffix}")
+        self.qmp("stop")
+        while not self.stopped and self.receive():
+            pass
+        shutil.copy(disk, target)
+        self.qmp("cont")
+        return target
 
     def cut_power(self) -> None:
         """Switch the machine off as a power failure does."""

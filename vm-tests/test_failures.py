@@ -340,7 +340,8 @@ def test_boot_goes_on_after_a_repair(work: Path, cos_disk: Callable[..., Disk]) 
     volume = Partition("persistent", "COS_PERSISTENT", 16)
     missing = make_disk(work / "missing.raw", disk.suite, (volume,))
     broken = Machine(disk, f"{expect.ACTIVE} rd.cos.timeout=8", work=work)
-    arguments = [*broken.arguments(derivative.initramfs(disk.suite), broken.cmdline), "-accel", "tcg"]
+    kernel = broken.kernel(derivative.initramfs(disk.suite), broken.cmdline)
+    arguments = [*broken.arguments(), *kernel, "-accel", "tcg"]
     arguments += ["-device", "pcie-root-port,id=port0,chassis=1"]
     answer = r"mode=1 /dev/\w+\s"
     ask = "echo root=$(stat -f -c %T /) mode=$(cat /run/cos/active_mode) $(findmnt -no SOURCE /usr/local)\n"

@@ -329,6 +329,26 @@ def test_extensions_of_the_slot_and_of_all(machine: Machine, agent: Sequence[str
     assert {*machine.boot(ACTIVE, agent).outcomes().values()} == {"present"}
 
 
+@pytest.mark.parametrize("bind", ["true", "false"])
+def test_a_directory_that_is_made_has_the_label_of_its_parent(
+    machine: Machine, agent: Sequence[str], bind: str
+) -> None:
+    """As the kernel gives it where a policy is loaded; without one it would be nobody's."""
+    label = b"system_u:object_r:var_lib_t:s0\0"
+    with machine.image() as root:
+        (root / "var/lib").mkdir(exist_ok=True)
+        os.setxattr(root / "var/lib", "security.selinux", label)
+    layout = f'PERSISTENT_STATE_PATHS="/var/lib/kept/deep"\nPERSISTENT_STATE_BIND={bind}\n'
+    with machine.partition("oem") as root:
+        (root / "cos-layout.env").write_text(layout)
+
+    boot = machine.boot(ACTIVE, agent)
+
+    assert boot.result["outcome"] == "ok", boot.stderr
+    for path in ("kept", "kept/deep"):
+        assert os.getxattr(machine.path(f"/sysroot/var/lib/{path}"), "security.selinux") == label
+
+
 def test_written_files_keep_their_label(machine: Machine, agent: Sequence[str]) -> None:
     """On an image that is labelled for SELinux; on one that is not there is none."""
     label = b"system_u:object_r:etc_t:s0\0"

@@ -1,0 +1,133 @@
+"""Machines that `immucore install` has made, and that are started by their own boot loader.
+
+machine = installed.machine(work, efi=True)     the first image is in active, passive and recovery
+machine.boot(commands=(JUDGED, STATUS))
+own = installed.changed(work, "state", lambda root: (root / "cOS/active.img").unlink())
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import derivative
+from derivative import cached, digest, run
+from disk import MIB, Disk, Partition
+from machine import Extra, Machine
+
+from immucore import grubenv
+
+PROGRAM = derivative.PROJECT / "build/bundle/immucore-system/immucore"
+CODE = digest(Path(__file__))
+SUITE = "bookworm"
+# An image has some 170 MiB; an upgrade needs room for a tree and one more.
+SIZES_MIB = {"efi": 16, "oem": 16, "recovery": 640, "state": 1024}
+PERSISTENT_MIB = 64
+# The menu waits for nobody; after a panic the machine restarts at once.
+ENVIRONMENT = {"timeout": "0", "extra_cmdline": "panic=1 rd.cos.onfail=reboot rd.cos.debug"}
+HEALTH = {"etc/immucore/health.yaml": "deadline: 240\n"}
+
+# Commands in the machine.
+STATUS = "immucore boot status --json"
+JUDGED = "timeout 120 sh -c 'until grep -q ^good_ /oem/grubenv; do sleep 0.2; done'"
+
+
+def tree(name: str = "first", files: Mapping[str, str] | None = None, more: str = "") -> Path:
+    """Return what an image is made of; see derivative.bootable_tree."""
+    return derivative.bootable_tree(SUITE, name, {**HEALTH, **(files or {})}, more)
+
+
+def source(name: str, files: Mapping[str, str] | None = None, more: str = "") -> Extra:
+    """Return a disk with a tree that a machine can upgrade to: `upgrade(name)`."""
+    content = tree(name, files, more)
+
+    def make(target: Path) -> None:
+        mebibytes = int(run("du", "-sm", content).split()[0]) * 5 // 4 + 24
+        run("mke2fs", "-q", *derivative.EXT4, "-m", "0", "-d", content, target, f"{mebibytes}M")
+
+    return Extra(cached(f"source-{name}", digest(content.name, CODE), make), name)
+
+
+def upgrade(name: str, *options: str) -> str:
+    """Return the command that upgrades to a source; its steps are on the console too."""
+    place = f"/run/{name}"
+    mount = f"mkdir -p {place} && mount -o ro /dev/disk/by-id/virtio-{name} {place}"
+    command = f"immucore upgrade {' '.join(options)} dir:{place}"
+    return (
+        f"{mount} && {{ {command} 2>&1; echo $? >/run/status; }} | tee /dev/console; exit $(cat /run/status)"
+    )
+
+
+@functools.cache
+def disk() -> Disk:
+    """Return the disk that `immucore install` makes for both firmwares; all tests share it."""
+    content = tree()
+    words = [
+        "install",
+        "--json",
+        f"--size={sum(SIZES_MIB.values()) + PERSISTENT_MIB + 4}",
+        "--firmware=both",
+    ]
+    words += [f"--partition={name}={size}" for name, size in SIZES_MIB.items()]
+
+    def make(target: Path) -> None:
+        run(PROGRAM, *words, "--target", target, f"dir:{content}")
+        with mounted(described(target), "oem") as root:
+            file = root / "grubenv"
+            file.write_bytes(grubenv.render({**grubenv.parse(file.read_bytes()), **ENVIRONMENT}))
+
+    return described(cached("installed", digest(content.name, PROGRAM.parent, repr(words), CODE), make))
+
+
+def described(path: Path) -> Disk:
+    """Read the table of an installed disk."""
+    table = json.loads(run("sfdisk", "--json", path))["partitiontable"]["partitions"]
+    partitions = tuple(Partition(each["name"], "", each["size"] // 2048) for each in table)
+    return Disk(path, SUITE, partitions, {each["name"]: each["start"] * 512 for each in table})
+
+
+def changed(work: Path, name: str, what: Callable[[Path], object]) -> Disk:
+    """Return an installed disk of a test's own, with something done to one of its partitions."""
+    own = work / "disk.raw"
+    run("cp", "--sparse=always", "--reflink=auto", disk().path, own)
+    with mounted(described(own), name) as root:
+        what(root)
+    return described(own)
+
+
+def machine(
+    work: Path, *, efi: bool, own: Disk | None = None, sources: tuple[Extra, ...] = (), **options: Any
+) -> Machine:
+    """Return an installed machine, whose disk keeps what it writes."""
+    return Machine(
+        own or disk(),
+        "",
+        work=work,
+        efi=efi,
+        boot_loader=True,
+        keep_writes=True,
+        extra_disks=sources,
+        **options,
+    )
+
+
+@contextlib.contextmanager
+def mounted(of: Disk, name: str) -> Iterator[Path]:
+    """Mount a partition of a disk that no machine has."""
+    size = of.partition(name).size_mib * MIB
+    with tempfile.TemporaryDirectory(dir=derivative.CACHE) as where:
+        run("mount", "-o", f"loop,offset={of.offsets[name]},sizelimit={size}", of.path, where)
+        try:
+            yield Path(where)
+        finally:
+            run("umount", where)
+
+
+def left(made: Machine) -> Disk:
+    """Return the disk of a machine that is off, with what it has written."""
+    return described(made.raw())
