@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 EXT4_FEATURES = f"{images.EXT4_FEATURES},has_journal,resize_inode"
 INODE_BYTES = 256
 SMALL_MIB = 512  # below that mke2fs makes four times as many inodes
-FAT32_SECTORS = 70_000  # UEFI wants FAT32, which has 65525 clusters at least; what is smaller is FAT16 or 12
+# (sectors at least, bits of a FAT entry, sectors of a cluster). UEFI wants FAT32 on a disk, but that has
+# 65525 clusters at least, and FAT16 has 4085.
+FATS = ((560_000, 32, 8), (70_000, 32, 1), (10_000, 16, 2), (0, 12, 4))
 JOURNAL_MIB = (4, 1024)  # at least, at most
 
 
@@ -119,7 +121,10 @@ def vfat(
     failure = f"cannot make the file system '{label}' on '{target}'"
     # -I: a whole disk is meant; --mbr=n: without the table that a stick without partitions has
     argv = ["mkfs.vfat", "-I", "--mbr=n", "-n", label, "-S", str(sector_bytes)]
-    argv += ["-F", "32"] if size_mib * MIB // sector_bytes >= FAT32_SECTORS else []
+    # mkfs.vfat itself would go by the size of the whole disk
+    sectors = size_mib * MIB // sector_bytes
+    bits, cluster = next((bits, cluster) for least, bits, cluster in FATS if sectors >= least)
+    argv += ["-F", str(bits), "-s", str(cluster)]
     argv += [f"--offset={offset_bytes // sector_bytes}", target, str(size_mib * 1024)]
     run(argv, failure)
     names = sorted(os.listdir(directory)) if directory else []

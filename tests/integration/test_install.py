@@ -639,6 +639,32 @@ def test_no_room_to_make_images_in(install: Install, place: Path, tree: Path) ->
     assert not (place / "disk.img").exists()
 
 
+@pytest.mark.parametrize(
+    ("size_mib", "sector_bytes", "version"),
+    [
+        *((8, 512, "FAT16"), (16, 512, "FAT16"), (34, 512, "FAT16"), (35, 512, "FAT32"), (64, 512, "FAT32")),
+        *((274, 512, "FAT32"), (1024, 512, "FAT32")),
+        *((8, 4096, "FAT12"), (39, 4096, "FAT12"), (64, 4096, "FAT16"), (274, 4096, "FAT32")),
+    ],
+)
+def test_the_esp_of_any_size_on_a_disk_of_any_size(
+    tmp_path: Path, size_mib: int, sector_bytes: int, version: str
+) -> None:
+    disk, file = tmp_path / "disk", tmp_path / "file"
+    with disk.open("wb") as stream:
+        stream.truncate(2000 * MIB)
+    file.write_text("hello\n")
+    where = {"size_mib": size_mib, "offset_bytes": MIB, "directory": str(tmp_path / "files")}
+    (tmp_path / "files/EFI/BOOT").mkdir(parents=True)
+    file.rename(tmp_path / "files/EFI/BOOT/BOOTX64.EFI")
+    filesystems.vfat(str(disk), label="COS_GRUB", sector_bytes=sector_bytes, **where)
+    region = ("--offset", str(MIB), "--size", str(size_mib * MIB))
+    facts = native.command("blkid", "--probe", *region, "-o", "export", disk).splitlines()
+    assert "LABEL=COS_GRUB" in facts
+    assert f"VERSION={version}" in facts
+    assert native.command("mtype", "-i", f"{disk}@@{MIB}", "::/EFI/BOOT/BOOTX64.EFI") == "hello\n"
+
+
 @pytest.mark.parametrize("size_mib", [16, 17, 127, 128, 129, 511, 512, 1024, 1700, 8192, 16384])
 def test_a_partition_has_the_room_that_is_counted_with(tmp_path: Path, size_mib: int) -> None:
     disk = tmp_path / "disk"
