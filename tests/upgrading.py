@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from immucore import bootcount, grubenv
 from immucore.system import content, images
 
 SIZES_MIB = {"oem": 8, "state": 96, "recovery": 48, "persistent": 16}
+PROGRAM = (*native.SOURCE[:-2], "immucore.system")
+ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
 KERNEL = "6.1.0-test"
 COMMANDS = {
     "active": "root=LABEL=COS_STATE cos-img/filename=/cOS/active.img",
@@ -27,6 +28,9 @@ COMMANDS = {
 }
 LABELS = {"active": "COS_ACTIVE", "passive": "COS_PASSIVE", "recovery": "COS_SYSTEM"}
 HOLDERS = {"active": "state", "passive": "state", "recovery": "recovery"}
+
+
+Boot = Callable[[str], "Upgradable"]  # switches the machine off, and on again in a slot
 
 
 def make_tree(root: Path, version: str) -> Path:
@@ -106,19 +110,17 @@ class Upgradable:
     """A machine that is booted from one of its images; /sysroot is its root."""
 
     def __init__(self, machine: native.Machine, slot: str, program: Sequence[str]) -> None:
-        self.machine, self.slot, self._program = machine, slot, program
+        self.machine, self.slot, self.program = machine, slot, program
         booted = machine.boot(COMMANDS[slot])
         assert booted.status == 0, booted.stderr
         assert booted.result["mode_booted"] == slot
 
     def start(self, *words: str | Path, **options: Any) -> subprocess.Popen[str]:
         """Start a command of the booted system."""
-        argv = self.machine.inside(*self._program, *words)
+        argv = self.machine.inside(*self.program, *words)
         return subprocess.Popen(
-            argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self.environment, **options
+            argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, **options
         )
-
-    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
 
     def run(self, *words: str | Path) -> Ran:
         """Run a command of the booted system to its end."""
@@ -142,7 +144,10 @@ class Upgradable:
         """Look at what a partition holds, whoever has it mounted."""
         target = f"/machine/look-{name}"
         self.machine.path(target).mkdir(exist_ok=True)
-        self.machine.run("mount", "-o", "ro", self.machine.part(name), target)
+        try:
+            self.machine.run("mount", "-o", "ro", self.machine.part(name), target)
+        except RuntimeError:  # somebody who was killed has left it writable
+            self.machine.run("mount", self.machine.part(name), target)
         try:
             yield self.machine.path(target)
         finally:
@@ -167,12 +172,6 @@ class Upgradable:
             document = yaml.safe_load((path / "state.yaml").read_text())
             assert isinstance(document, dict)
             return document
-
-
-@functools.cache
-def _sound(_digest: str, path: str) -> bool:
-    done = subprocess.run(["e2fsck", "-f", "-n", path], capture_output=True, check=False)
-    return done.returncode == 0
 
 
 def whole(image: Path) -> str | None:

@@ -29,7 +29,8 @@ def check(tree: str) -> None:
             if not any(_exists(top, f"{lib}/modules/{release}") for lib in ("usr/lib", "lib")):
                 raise _lacks(f"no lib/modules/{release}, for its kernel {kernel}")
     except MountError as error:
-        raise _lacks(error.message.rpartition(": there is ")[2].removesuffix(" in it")) from None
+        lacks = error.message.rpartition(": there is no ")[2].removesuffix(" in it")
+        raise _lacks(f"no {lacks.removeprefix('an ')}") from None
     finally:
         os.close(top)
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import struct
 from typing import TYPE_CHECKING
 
 from immucore import cmdline, files, observe, report, superblock, syscalls
 from immucore.boot import INITRD_RELEASE
 from immucore.errors import CmdlineError, DeviceError
 from immucore.plan import SYSROOT
-from immucore.system import images
+from immucore.system import state_file, steps
 from immucore.system.errors import ImageError
 from immucore.system.programs import run
 from immucore.values import Record
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from immucore.devices import Device, Devices
+    from immucore.system.console import Console
 
 STATE, RECOVERY = "COS_STATE", "COS_RECOVERY"
 PERSISTENT, OEM = "COS_PERSISTENT", "COS_OEM"
@@ -32,13 +34,14 @@ MODES = {"active": STATE, "passive": STATE, "recovery": RECOVERY}
 LOCK = f"{report.DIRECTORY}/images.lock"
 _SENTINELS = "/run/cos"
 _CMDLINE = "/proc/cmdline"
+_LOOP_GET_STATUS64, _LOOP_INFO64_BYTES = 0x4C05, 232  # linux/loop.h
 
 
 class Booted(Record):
     """What runs here."""
 
     mode: str  # active, passive or recovery
-    image_id: str | None  # of its image; None where that has none
+    inode: int  # of its image, on the partition that holds it
     root: str  # where the system is mounted
     holder: Device  # the partition that holds the image
     devices: Devices
@@ -47,6 +50,10 @@ class Booted(Record):
     def environment(self) -> str:
         """The file of GRUB's environment block."""
         return os.path.join(self.root, "oem/grubenv")
+
+    def running(self, label: str) -> int:
+        """Give the inode of the image that runs, if that is on this partition; else 0."""
+        return self.inode if label == MODES[self.mode] else 0
 
     def partition(self, label: str) -> Device:
         """Find a partition of this machine: on the disks of the image that runs. Raises DeviceError."""
@@ -99,7 +106,24 @@ def _booted(what: str) -> Booted:
     holder = next((each for each in devices.all if _number(each.path) == mounted[-1].device), None)
     if not holder:
         raise DeviceError(f"cannot find the device that is mounted on '{HOLDER}'", hint=f"findmnt {HOLDER}")
-    return Booted(mode=found[0], image_id=images.running(root), root=root, holder=holder, devices=devices)
+    return Booted(mode=found[0], inode=_backing(root), root=root, holder=holder, devices=devices)
+
+
+def _backing(root: str) -> int:
+    """Give the inode of the file that the loop device of the root shows (loop(4)); 0 where it is none."""
+    number = os.stat(root).st_dev
+    try:
+        name = os.readlink(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").rpartition("/")[2]
+        device = os.open(f"/dev/{name}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return 0
+    try:
+        status = fcntl.ioctl(device, _LOOP_GET_STATUS64, bytes(_LOOP_INFO64_BYTES))
+    except OSError:
+        return 0
+    finally:
+        os.close(device)
+    return int(struct.unpack_from("=QQ", status)[1])  # lo_device, lo_inode
 
 
 def _number(path: str) -> str:
@@ -155,13 +179,40 @@ def writable(device: Device, name: str) -> Iterator[str]:
         syscalls.attach_mount(mounted, target)
         try:
             yield target
-        finally:
             files.sync_file_system(target)
-            if closed:
-                syscalls.reconfigure(mounted, "ro")
-            syscalls.umount(target)
+        finally:
+            syscalls.umount(target, syscalls.MNT_DETACH)
+    except BaseException:
+        with contextlib.suppress(ImageError):  # what has happened before is what is told
+            _close(mounted, device, read_only=closed)
+        raise
+    _close(mounted, device, read_only=closed)
+
+
+def _close(mounted: int, device: Device, *, read_only: bool) -> None:
+    try:
+        if read_only:
+            syscalls.reconfigure(mounted, "ro")
+    except OSError as error:
+        raise ImageError(
+            f"cannot make '{device.path}' read-only again: {error.strerror}", hint="the next boot does it"
+        ) from None
     finally:
         os.close(mounted)
+
+
+def record(console: Console, here: Booted, top: str, label: str, state: state_file.State) -> None:
+    """Write state.yaml to COS_STATE and COS_RECOVERY; `label` is that of the two that is mounted at `top`.
+
+    What it records has taken effect already: a failure is a warning.
+    """
+
+    def elsewhere() -> None:
+        with writable(here.partition(RECOVERY if label == STATE else STATE), "other") as other:
+            state_file.write(other, state)
+
+    steps.attempt(console, lambda: state_file.write(top, state))
+    steps.attempt(console, elsewhere)
 
 
 def _check(device: Device) -> None:

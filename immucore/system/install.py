@@ -7,6 +7,7 @@ import os
 import tempfile
 from typing import TYPE_CHECKING
 
+from immucore import files
 from immucore.errors import DeviceError
 from immucore.system import (
     bootloader,
@@ -20,6 +21,7 @@ from immucore.system import (
     steps,
 )
 from immucore.system.errors import ImageError, told
+from immucore.system.oci import Options
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -35,13 +37,16 @@ PROGRAMS = ("blkid", "e2fsck", "grub-mkimage", "mcopy", "mke2fs", "mkfs.vfat", "
 
 def install(request: Request, console: Console) -> int:
     """Install. Raises ImmucoreError."""
-    source = sources.parse(request.source)
+    registry = Options(
+        authfile=request.authfile, cert_dir=request.cert_dir, tls_verify=request.tls_verify
+    )
+    source = sources.parse(request.source, registry)
     images.check_fstype(request.fstype)
     programs.require(PROGRAMS, request.failure)
     bootloader.require(request.firmware)
     fakeroot.enter(request.failure)
     try:
-        with steps.stoppable(), _target(request) as disk:
+        with steps.stoppable(f"nothing was installed on '{request.target}'"), _target(request) as disk:
             _install(request, source, disk, console)
     except OSError as error:
         raise ImageError(f"{request.failure}: {told(error)}") from None
@@ -85,6 +90,7 @@ def _target(request: Request) -> Iterator[Disk]:
         try:
             yield disk
             os.rename(partial, request.target)
+            files.fsync(os.path.dirname(os.path.abspath(request.target)))
         except BaseException:
             os.unlink(partial)
             raise

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from immucore.errors import CmdlineError
+from immucore.system import image_commands, settings
 from immucore.values import Record
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ class Request(Record):
     oem: tuple[str, ...]
     wipe: bool
     scratch: str  # a directory
+    authfile: str  # oci.Options, of upgrade.yaml
+    cert_dir: str
+    tls_verify: bool
 
     @property
     def failure(self) -> str:
@@ -67,10 +71,12 @@ def _run(arguments: argparse.Namespace) -> int:
     from immucore.system import install
     from immucore.system.console import Console
 
-    return install.install(request(arguments), Console(as_json=arguments.json))
+    configured = settings.read()
+    image_commands.check(configured)
+    return install.install(request(arguments, configured), Console(as_json=arguments.json))
 
 
-def request(arguments: argparse.Namespace) -> Request:
+def request(arguments: argparse.Namespace, configured: dict[str, Any]) -> Request:
     """Read what was asked for. Raises CmdlineError."""
     target = arguments.target
     is_device = _is_block_device(target)
@@ -93,6 +99,9 @@ def request(arguments: argparse.Namespace) -> Request:
         oem=_oem(arguments.oem),
         wipe=arguments.wipe,
         scratch=scratch,
+        authfile=configured.get("authfile", ""),
+        cert_dir=configured.get("cert-dir", ""),
+        tls_verify=configured.get("tls-verify", True),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ _PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY"
 _DIGEST = r"sha256:[0-9a-f]{64}"
 # registry/path, then a tag or a digest or both: distribution's reference grammar, with a registry always
 _REFERENCE = re.compile(
-    rf"(?P<name>[A-Za-z0-9.-]+(:[0-9]+)?(/[a-z0-9]+([._-]+[a-z0-9]+)*)+)"
+    rf"(?P<name>[A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]+)?(/[a-z0-9]+([._-]+[a-z0-9]+)*)+)"
     rf"(:(?P<tag>[A-Za-z0-9_][A-Za-z0-9_.-]{{0,127}}))?(@(?P<digest>{_DIGEST}))?"
 )
 _HINT = "name it as oci:registry/image:tag, or as oci:registry/image@sha256:…"
@@ -65,6 +66,16 @@ class Registry:
                 raise ImageError(f"{self._failure}: skopeo gives no digest of it", hint=_REACH)
             self._digest = found[-1]
         return self._digest
+
+    def size_bytes(self) -> int:
+        """Tell how large it is as it is fetched, compressed; 0 for one for several architectures."""
+        argv = [*self._skopeo("inspect"), *self._access(""), "--raw"]
+        said = run([*argv, f"docker://{self._name}@{self.resolve()}"], self._failure, environment=_proxies())
+        try:
+            layers = json.loads(said[said.index("{") :])["layers"]
+            return sum(int(layer["size"]) for layer in layers)
+        except (ValueError, KeyError, TypeError):
+            return 0
 
     def unpack(self, directory: str, advance: Advance = silent) -> None:
         """Fetch it into a directory beside `directory`, and unpack it into that, which is made.

@@ -3,10 +3,13 @@
 An upgrade makes three images out of two, and one has to go. It is never the better one of the two, and what
 stays is in a slot at every instant:
 
-    active  passive  transition
-    A       P        N            prepared and checked
-    A       A        N            where A is kept: a second name of the same file (link(2), rename(2))
-    N       A or P                one rename(2), the commit
+    active  passive  transition  spare
+    A       P        N                  prepared and checked
+    A       A        N           P      where A is kept: a second name of one file (link(2)), exchanged
+    N       A or P   A           P      one renameat2(2), RENAME_EXCHANGE: the commit
+
+What is in neither slot then is removed. Only the image that runs stays, as `previous.img`, until another
+runs: a file system with a file that is open and has no name cannot be made read-only again.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ DIRECTORY = "cOS"
 FILES = {ACTIVE: "active.img", PASSIVE: "passive.img", RECOVERY: "recovery.img"}
 LABELS = {ACTIVE: "COS_ACTIVE", PASSIVE: "COS_PASSIVE", RECOVERY: "COS_SYSTEM"}
 EARLIER_RECOVERY = "recovery.squashfs"  # as cos-toolkit has called it; its grub.cfg prefers it
-TRANSITION, PREVIOUS = "transition.img", "previous.img"  # work: whatever has these names can be removed
+TRANSITION, SPARE = "transition.img", "spare.img"  # work: whatever has these names can be removed
+PREVIOUS = "previous.img"  # and this, once it does not run any more
 WORK = "work."  # what the names of work directories begin with
 SAVED_ENTRY, TRIES_PREFIX = "saved_entry", "tries_"
 _RANKS = (BAD, TRYING, GOOD)
@@ -46,28 +50,22 @@ class Slot(Record):
     running: bool = False  # the system that runs is this image
 
 
-def survey(directory: str, values: Mapping[str, str], booted: str, running: str | None) -> dict[str, Slot]:
+def survey(directory: str, values: Mapping[str, str], running: int) -> dict[str, Slot]:
     """Look at both slots in `directory`, which is the `cOS` of COS_STATE.
 
-    `values` are the variables of GRUB's environment block, `booted` is the mode, `running` the identity of
-    the image that runs. One without is told by the slot that was booted, or, where that has been exchanged
-    since, by having none.
+    `values` are the variables of GRUB's environment block, `running` is the inode of the image that runs, 0
+    if that is on another partition.
     """
-    found = {name: _slot(name, os.path.join(directory, FILES[name]), values) for name in COUNTED}
-    if running:
-        names = [name for name, slot in found.items() if slot.image_id == running]
-    else:
-        names = [name for name, slot in found.items() if slot.whole and not slot.image_id]
-        names = [booted] if booted in names else names if booted in COUNTED else []
-    return {name: slot.replace(running=name in names) for name, slot in found.items()}
+    return {name: _slot(name, os.path.join(directory, FILES[name]), values, running) for name in COUNTED}
 
 
-def _slot(name: str, path: str, values: Mapping[str, str]) -> Slot:
+def _slot(name: str, path: str, values: Mapping[str, str], running: int) -> Slot:
     if not whole(path):
         return Slot(name=name)
     image_id = images.identity(path)
     state = bootcount.read(values, image_id).state if image_id else TRYING
-    return Slot(name=name, whole=True, image_id=image_id, state=state)
+    runs = running != 0 and os.stat(path).st_ino == running
+    return Slot(name=name, whole=True, image_id=image_id, state=state, running=runs)
 
 
 def whole(path: str) -> bool:
@@ -95,50 +93,66 @@ def kept(active: Slot, passive: Slot) -> str:
 def commit(directory: str, keep: str) -> None:
     """Make `transition.img` active, and of what was there before keep `keep` as passive.
 
-    Raises OSError, and has changed nothing then.
+    What is left over is for clean(). Raises OSError, and has changed nothing then.
     """
-    active, passive = (os.path.join(directory, FILES[name]) for name in (ACTIVE, PASSIVE))
-    new, previous = (os.path.join(directory, name) for name in (TRANSITION, PREVIOUS))
-    pushed = keep == ACTIVE
-    if pushed:
-        os.link(active, previous)
-        if os.path.lexists(passive):
-            syscalls.exchange(previous, passive)
-        else:
-            os.rename(previous, passive)
+    active, passive, spare = (
+        os.path.join(directory, name) for name in (FILES[ACTIVE], FILES[PASSIVE], SPARE)
+    )
+    if keep == ACTIVE:
+        os.link(active, spare)
+        _place(spare, passive)
         files.fsync(directory)
     try:
-        os.rename(new, active)
+        _place(os.path.join(directory, TRANSITION), active)
     except OSError:
-        if pushed:
-            _take_back(previous, passive)
+        if keep == ACTIVE:
+            if os.path.lexists(spare):
+                syscalls.exchange(spare, passive)
+            os.unlink(spare if os.path.lexists(spare) else passive)
         raise
     files.fsync(directory)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(previous)
 
 
-def _take_back(previous: str, passive: str) -> None:
-    if os.path.lexists(previous):
-        syscalls.exchange(previous, passive)
-        os.unlink(previous)
+def _place(new: str, place: str) -> None:
+    """Put an image in its place; what was there has the name of the new one then."""
+    if os.path.lexists(place):
+        syscalls.exchange(new, place)
     else:
-        os.unlink(passive)
+        os.rename(new, place)
 
 
-def commit_recovery(directory: str) -> None:
-    """Make `transition.img` the recovery image of the `cOS` of COS_RECOVERY. Raises OSError."""
-    os.rename(os.path.join(directory, TRANSITION), os.path.join(directory, FILES[RECOVERY]))
+def swap(directory: str) -> None:
+    """Make passive active, and active passive; without an active it is both. Raises OSError."""
+    active, passive = (os.path.join(directory, FILES[name]) for name in (ACTIVE, PASSIVE))
+    if os.path.lexists(active):
+        syscalls.exchange(active, passive)
+    else:
+        os.link(passive, active)
     files.fsync(directory)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(os.path.join(directory, EARLIER_RECOVERY))
 
 
-def clean(directory: str) -> None:
-    """Remove what work has left in a `cOS` directory. Raises OSError and ImageError."""
-    for name in (TRANSITION, PREVIOUS):
+def replace(directory: str, slot: str) -> None:
+    """Put `transition.img` in the place of the image of a slot. Raises OSError."""
+    _place(os.path.join(directory, TRANSITION), os.path.join(directory, FILES[slot]))
+    if slot == RECOVERY:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(os.path.join(directory, name))
+            os.rename(os.path.join(directory, EARLIER_RECOVERY), os.path.join(directory, SPARE))
+    files.fsync(directory)
+
+
+def clean(directory: str, running: int) -> None:
+    """Remove what work has left in a `cOS` directory; `running` as of survey().
+
+    Raises OSError and ImageError.
+    """
+    previous = os.path.join(directory, PREVIOUS)
+    for path in [os.path.join(directory, name) for name in (TRANSITION, SPARE, PREVIOUS)]:
+        with contextlib.suppress(FileNotFoundError):
+            status = os.lstat(path)
+            if status.st_ino != running or status.st_nlink > 1:
+                os.unlink(path)
+            elif path != previous:
+                os.rename(path, previous)
     left = [os.path.join(directory, name) for name in files.names(directory) if name.startswith(WORK)]
     if left:  # never into what a hook has mounted there
         failure = f"cannot remove what earlier work has left in '{directory}'"

@@ -136,9 +136,11 @@ class FromRegistry(Source):
     def look(self) -> None:
         """Ask the registry which image the name means now; that one is fetched, whatever comes later."""
         self.digest = self._registry.resolve()
+        # At least: it is fetched and unpacked, and how much more that takes nobody knows before.
+        self.needs_bytes = 2 * self._registry.size_bytes()
 
     def _unpack(self, directory: str, advance: Advance) -> None:
-        self.look()
+        self.digest = self._registry.resolve()
         self._registry.unpack(directory, advance)
 
 

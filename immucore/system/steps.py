@@ -6,7 +6,8 @@ import contextlib
 import signal
 from typing import TYPE_CHECKING
 
-from immucore.errors import Interrupted
+from immucore.errors import ImmucoreError, Interrupted
+from immucore.system.errors import told
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -31,12 +32,12 @@ def run(console: Console, steps: Sequence[Step]) -> bool:
 
 
 @contextlib.contextmanager
-def stoppable() -> Iterator[None]:
-    """Have SIGTERM, SIGINT and SIGHUP raise Interrupted, until hold() is called."""
+def stoppable(so: str) -> Iterator[None]:
+    """Have SIGTERM, SIGINT and SIGHUP raise Interrupted, until hold() is called; `so` is what came of it."""
 
     def stop(number: int, _frame: FrameType | None) -> None:
         hold()  # what is done about it is not stopped
-        raise Interrupted(f"stopped by signal {number}: nothing was changed")
+        raise Interrupted(f"stopped by signal {number}: {so}")
 
     before = [(number, signal.signal(number, stop)) for number in _STOPPING]
     try:
@@ -50,3 +51,13 @@ def hold() -> None:
     """Go on whatever signal comes: what is done now is not left half done, and is done in a moment."""
     for number in _STOPPING:
         signal.signal(number, signal.SIG_IGN)
+
+
+def attempt(console: Console, do: Callable[[], None]) -> None:
+    """Do what matters less than what has happened before: a failure is a warning."""
+    try:
+        do()
+    except ImmucoreError as error:
+        console.say(f"warning: {error.message}")
+    except OSError as error:
+        console.say(f"warning: {told(error)}")

@@ -13,13 +13,13 @@ from immucore.bootcount import ACTIVE, BAD, PASSIVE, RECOVERY
 from immucore.errors import ImmucoreError
 from immucore.system import booted, hooks, images, slots, sources, state_file, steps
 from immucore.system.environment import Environment
-from immucore.system.errors import ImageError
+from immucore.system.errors import ImageError, told
 from immucore.system.making import Making, fstype_of
 from immucore.system.oci import Options
 from immucore.system.state_file import Entry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from immucore.system.booted import Booted
     from immucore.system.console import Console
@@ -39,6 +39,7 @@ class Upgrade:
             images.check_fstype(wishes.fstype)
         self._environment = Environment(here.environment)
         self._slot = RECOVERY if wishes.recovery else ACTIVE
+        self._running = here.running(booted.MODES[self._slot])
         self._steps: tuple[Step, ...] = (
             ("looking at what is there", self._look),
             ("removing what earlier work has left", self._clean),
@@ -71,6 +72,10 @@ class Upgrade:
             if not self._committed:
                 raise ImageError(f"cannot upgrade: {told(error)}; nothing was changed") from None
             self._console.say(f"warning: {told(error)}")
+        except ImmucoreError as error:
+            if not self._committed:
+                raise
+            self._console.say(f"warning: {error.message}")
         text, fields = self._outcome
         self._console.result(text, **fields)
         return self._committed
@@ -82,18 +87,9 @@ class Upgrade:
             yield
         finally:
             steps.hold()
-            self._attempt(lambda: slots.clean(self._making.directory))
+            steps.attempt(self._console, lambda: slots.clean(self._making.directory, self._running))
             if self._armed and not self._committed:
-                self._attempt(lambda: slots.disarm(self._environment, self._making.image_id))
-
-    def _attempt(self, do: Callable[[], None]) -> None:
-        """Do what matters less than what has happened before."""
-        try:
-            do()
-        except ImmucoreError as error:
-            self._console.say(f"warning: {error.message}")
-        except OSError as error:
-            self._console.say(f"warning: {told(error)}")
+                steps.attempt(self._console, lambda: slots.disarm(self._environment, self._making.image_id))
 
     def _look(self, _: Advance) -> bool:
         self._known = state_file.read(self._top if self._slot == ACTIVE else booted.HOLDER)
@@ -106,9 +102,7 @@ class Upgrade:
     def _keep_a_way_out(self) -> None:
         """Refuse to replace the one system that is known to work."""
         with booted.readable(self._here.partition(booted.STATE), "state") as top:
-            found = slots.survey(
-                f"{top}/{slots.DIRECTORY}", self._environment.read(), self._here.mode, self._here.image_id
-            )
+            found = slots.survey(f"{top}/{slots.DIRECTORY}", self._environment.read(), 0)
         if not any(slot.whole and slot.state != BAD for slot in found.values()):
             raise ImageError(
                 "cannot upgrade recovery: it is all there is, neither active nor passive can be booted",
@@ -117,7 +111,7 @@ class Upgrade:
 
     def _clean(self, _: Advance) -> bool:
         os.makedirs(self._making.directory, exist_ok=True)
-        slots.clean(self._making.directory)
+        slots.clean(self._making.directory, self._running)
         return True
 
     def _measure(self, _: Advance) -> bool:
@@ -179,7 +173,7 @@ class Upgrade:
 
     def _commit(self, _: Advance) -> bool:
         if self._slot == RECOVERY:
-            slots.commit_recovery(self._making.directory)
+            slots.replace(self._making.directory, RECOVERY)
         else:
             found = self._survey()
             keep = slots.kept(found[ACTIVE], found[PASSIVE])
@@ -189,8 +183,7 @@ class Upgrade:
         return True
 
     def _survey(self) -> dict[str, slots.Slot]:
-        values = self._environment.read()
-        return slots.survey(self._making.directory, values, self._here.mode, self._here.image_id)
+        return slots.survey(self._making.directory, self._environment.read(), self._running)
 
     def _record(self, _: Advance) -> bool:
         """Write down what was done; whatever comes of that, it is done."""
@@ -208,20 +201,9 @@ class Upgrade:
             self._known.record(PASSIVE, self._known.entry_of(self._kept.image_id))
         self._known.record(self._slot, made)
         self._known.failed = sorted(self._failed - {making.content})
-        self._attempt(lambda: state_file.write(self._top, self._known))
-        self._attempt(self._record_elsewhere)
+        booted.record(self._console, self._here, self._top, booted.MODES[self._slot], self._known)
         if self._slot == ACTIVE:
-            self._attempt(lambda: slots.forget(self._environment, self._survey().values()))
+            steps.attempt(self._console, lambda: slots.forget(self._environment, self._survey().values()))
         text = f"{self._slot} is {making.image_id} now, made of {self._source.text}"
         self._outcome = text, {"upgraded": True, "slot": self._slot, **dict(made.items())}
         return True
-
-    def _record_elsewhere(self) -> None:
-        other = booted.STATE if self._slot == RECOVERY else booted.RECOVERY
-        with booted.writable(self._here.partition(other), "other") as top:
-            state_file.write(top, self._known)
-
-
-def told(error: OSError) -> str:
-    """Say what the kernel has refused."""
-    return f"'{error.filename}': {error.strerror}" if error.filename else str(error.strerror)

@@ -10,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import native
+import upgrading
 
 MakeMachine = Callable[..., native.Machine]
 
@@ -73,3 +74,49 @@ def switch_on(disk: Path, tmp_path: Path) -> Iterator[MakeMachine]:
 def machine(switch_on: MakeMachine) -> native.Machine:
     """Switch a machine on."""
     return switch_on()
+
+
+@pytest.fixture(scope="session")
+def upgradable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a disk once whose images can be upgraded."""
+    native.require_root()
+    folder = tmp_path_factory.mktemp("upgradable")
+    versions = {"active": "a", "passive": "p", "recovery": "r"}
+    upgrading.make_disk(folder / "disk.img", folder / "work", versions)
+    return folder / "disk.img"
+
+
+@pytest.fixture(scope="session")
+def program(source: Sequence[str]) -> Sequence[str]:
+    """Give the command of the booted system, from source."""
+    return (*source[:-2], "immucore.system")
+
+
+@pytest.fixture
+def boot(upgradable: Path, tmp_path: Path, program: Sequence[str]) -> Iterator[upgrading.Boot]:
+    """Boot a slot of the test's own disk; the machine before is switched off then."""
+    disk = tmp_path / "disk.img"
+    native.command("cp", "--sparse=always", upgradable, disk)
+    machines: list[native.Machine] = []
+
+    def switch_on(slot: str) -> upgrading.Upgradable:
+        while machines:
+            machines.pop().__exit__()
+        machines.append(native.Machine(tmp_path / "machine", disk))
+        return upgrading.Upgradable(machines[0], slot, program)
+
+    yield switch_on
+    while machines:
+        machines.pop().__exit__()
+
+
+@pytest.fixture(scope="session")
+def new(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make the next version."""
+    return upgrading.make_tree(tmp_path_factory.mktemp("new") / "tree", "n")
+
+
+@pytest.fixture(scope="session")
+def newer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make the version after it."""
+    return upgrading.make_tree(tmp_path_factory.mktemp("newer") / "tree", "nn")

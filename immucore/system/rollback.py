@@ -1,0 +1,51 @@
+"""`immucore rollback`: passive becomes active, and active passive, in one step."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from immucore.bootcount import ACTIVE, BAD, PASSIVE
+from immucore.system import booted, slots, state_file, steps
+from immucore.system.environment import Environment
+from immucore.system.errors import ImageError, told
+
+if TYPE_CHECKING:
+    from immucore.system.booted import Booted
+    from immucore.system.console import Console
+
+
+def rollback(console: Console, here: Booted, *, force: bool) -> None:
+    """Have the next boot boot passive, as active. `force`: also where that was judged bad.
+
+    Raises ImmucoreError.
+    """
+    environment = Environment(here.environment)
+    try:
+        with booted.writable(here.partition(booted.STATE), "images") as top:
+            directory = os.path.join(top, slots.DIRECTORY)
+            found = slots.survey(directory, environment.read(), here.running(booted.STATE))
+            _refuse(found[PASSIVE], force=force)
+            image_id = found[PASSIVE].image_id
+            if image_id and found[PASSIVE].state == BAD:
+                slots.arm(environment, image_id)
+            slots.swap(directory)
+            state = state_file.read(top)
+            for slot, other in ((ACTIVE, PASSIVE), (PASSIVE, ACTIVE)):
+                entry = state.entry_of(found[other].image_id)
+                state.record(slot, entry)
+            booted.record(console, here, top, booted.STATE, state)
+            steps.attempt(console, lambda: slots.forget(environment, found.values()))
+    except OSError as error:
+        raise ImageError(f"cannot roll back: {told(error)}") from None
+    console.result(f"active is {image_id} now, which was passive: the next boot boots it", image_id=image_id)
+
+
+def _refuse(passive: slots.Slot, *, force: bool) -> None:
+    if not passive.whole:
+        raise ImageError("cannot roll back: there is no whole passive.img", hint="immucore upgrade SOURCE")
+    if passive.state == BAD and not force:
+        raise ImageError(
+            f"cannot roll back: passive ({passive.image_id}) was judged bad",
+            hint="immucore upgrade SOURCE; to boot it once more: --force",
+        )

@@ -1,0 +1,61 @@
+"""Which of two images an upgrade keeps, for every combination of what they were judged and which runs."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from immucore.bootcount import ACTIVE, BAD, GOOD, PASSIVE, TRYING
+from immucore.system.slots import Slot, judged_bad, kept
+
+RANK = (BAD, TRYING, GOOD)
+
+
+def slot(name: str, state: str, *, running: bool = False, whole: bool = True) -> Slot:
+    return Slot(name=name, whole=whole, image_id=f"{name}_1", state=state, running=running)
+
+
+@pytest.mark.parametrize(
+    ("active", "passive", "running", "keeps"),
+    [
+        (GOOD, GOOD, ACTIVE, ACTIVE),  # the ordinary upgrade: what was active becomes passive
+        (GOOD, TRYING, ACTIVE, ACTIVE),
+        (GOOD, BAD, ACTIVE, ACTIVE),
+        (BAD, GOOD, PASSIVE, PASSIVE),  # after a fallback: what the machine fell back to stays
+        (TRYING, GOOD, PASSIVE, PASSIVE),  # active was not loaded at all
+        (TRYING, GOOD, ACTIVE, PASSIVE),  # active has not proved itself yet
+        (TRYING, TRYING, ACTIVE, ACTIVE),  # a machine that was just installed
+        (TRYING, BAD, ACTIVE, ACTIVE),
+        (GOOD, GOOD, PASSIVE, PASSIVE),  # somebody has chosen passive
+        (GOOD, GOOD, "", PASSIVE),  # from recovery only active changes
+        (BAD, GOOD, "", PASSIVE),
+        (GOOD, BAD, "", ACTIVE),  # but not for a passive that does not boot
+        (BAD, BAD, "", PASSIVE),
+        (BAD, BAD, ACTIVE, ACTIVE),
+    ],
+)
+def test_what_is_kept(active: str, passive: str, running: str, keeps: str) -> None:
+    one = slot(ACTIVE, active, running=running == ACTIVE)
+    other = slot(PASSIVE, passive, running=running == PASSIVE)
+    assert kept(one, other) == keeps
+
+
+def test_the_better_one_is_never_given_up() -> None:
+    for states in itertools.product(RANK, RANK):
+        for running in itertools.product((False, True), (False, True)):
+            for whole in itertools.product((False, True), (False, True)):
+                found = {
+                    name: slot(name, state, running=runs, whole=there)
+                    for name, state, runs, there in zip(
+                        (ACTIVE, PASSIVE), states, running, whole, strict=True
+                    )
+                }
+                keeps = found[kept(found[ACTIVE], found[PASSIVE])]
+                (gone,) = [each for each in found.values() if each is not keeps]
+                assert (keeps.whole, RANK.index(keeps.state)) >= (gone.whole, RANK.index(gone.state))
+
+
+def test_what_was_judged_bad() -> None:
+    values = {"tries_aa_1": "0", "tries_bb_1": "2", "tries_cc_1": "x", "good_dd_1": "1", "saved_entry": "0"}
+    assert judged_bad(values) == {"aa"}
