@@ -23,10 +23,8 @@ SIZE_MIB = 1024
 CMDLINE = "cat /proc/cmdline"
 
 
-@pytest.fixture(scope="module", params=["ext4", "squashfs"])
-def installed(request: pytest.FixtureRequest) -> Disk:
+def installed(fstype: str) -> Disk:
     """Return a disk for BIOS and UEFI that was installed on; no boot changes it."""
-    fstype = request.param
     tree = derivative.bootable_tree("bookworm")
     words = [f"--partition={name}={size}" for name, size in SIZES.items()]
     words += ["--json", f"--size={SIZE_MIB}", f"--filesystem={fstype}", f"dir:{tree}"]
@@ -38,7 +36,8 @@ def installed(request: pytest.FixtureRequest) -> Disk:
         said = run(*command, *words, env=environment)
         (target / "result.json").write_text(said.splitlines()[-1])
 
-    key = digest(tree.name, PROJECT / "immucore", *words)
+    code = sorted(path for kind in ("py", "cfg") for path in (PROJECT / "immucore").rglob(f"*.{kind}"))
+    key = digest(tree.name, *code, *words)
     made = cached(f"bookworm-installed-{fstype}", key, make)
     result = json.loads((made / "result.json").read_text())["partitions"]
     partitions = tuple(Partition(each["name"], each["label"], each["size_mib"]) for each in result)
@@ -47,14 +46,21 @@ def installed(request: pytest.FixtureRequest) -> Disk:
 
 
 @pytest.mark.parametrize(
-    ("firmware", "slot"), [("bios", "active"), ("efi", "passive"), ("bios", "recovery"), ("efi", "recovery")]
+    ("fstype", "firmware", "slot"),
+    [
+        ("ext4", "bios", "active"),
+        ("ext4", "efi", "passive"),
+        ("squashfs", "efi", "active"),
+        ("squashfs", "bios", "recovery"),
+    ],
 )
 def test_installed_disk_boots(
-    machine: Callable[..., Machine], installed: Disk, firmware: str, slot: str
+    machine: Callable[..., Machine], fstype: str, firmware: str, slot: str
 ) -> None:
+    disk = installed(fstype)
     choice = DOWN * SLOTS.index(slot) + "\r"
 
-    report = machine(installed, "", boot_loader=True, efi=firmware == "efi").boot(
+    report = machine(disk, "", boot_loader=True, efi=firmware == "efi").boot(
         limit_s=150, when=[(MENU, lambda guest: guest.type(choice))], commands=[CMDLINE]
     )
 
@@ -62,9 +68,10 @@ def test_installed_disk_boots(
     assert (report.state, report.failed_units) == ("running", [])
     assert (report.result["outcome"], report.result["mode_booted"]) == ("ok", slot)
     image = report.backing_files[report.mount("/").source]
+    assert report.mount("/").fstype == fstype
     assert image == f"/run/initramfs/cos-state/cOS/{slot}.img"
-    expect.volume(report, "/oem", installed.number("oem"))
+    expect.volume(report, "/oem", disk.number("oem"))
     if slot != "recovery":
-        expect.volume(report, "/usr/local", installed.number("persistent"))
+        expect.volume(report, "/usr/local", disk.number("persistent"))
     counting = "panic=10 rd.cos.onfail=reboot:10"
     assert (counting in report.output(CMDLINE)) is (slot != "recovery")

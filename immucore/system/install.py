@@ -37,9 +37,7 @@ PROGRAMS = ("blkid", "e2fsck", "grub-mkimage", "mcopy", "mke2fs", "mkfs.vfat", "
 
 def install(request: Request, console: Console) -> int:
     """Install. Raises ImmucoreError."""
-    registry = Options(
-        authfile=request.authfile, cert_dir=request.cert_dir, tls_verify=request.tls_verify
-    )
+    registry = Options(authfile=request.authfile, cert_dir=request.cert_dir, tls_verify=request.tls_verify)
     source = sources.parse(request.source, registry)
     images.check_fstype(request.fstype)
     programs.require(PROGRAMS, request.failure)

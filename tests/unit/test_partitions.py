@@ -47,7 +47,8 @@ def test_a_layout_fits_and_overlaps_nowhere_or_is_refused(
         layout = partitions.layout(firmware, sizes, disk_mib, "disk")
     except DeviceError as error:
         needed = re.search(r"they need (\d+) MiB", error.message)
-        assert needed and int(needed[1]) > disk_mib
+        assert needed
+        assert int(needed[1]) > disk_mib
         assert partitions.layout(firmware, sizes, int(needed[1]), "disk")
         return
     end = partitions.TABLE_MIB
