@@ -7,9 +7,11 @@ namespace of its own, and goes with the process, whatever ends it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import struct
+import time
 from typing import TYPE_CHECKING
 
 from immucore import cmdline, files, observe, report, superblock, syscalls
@@ -32,6 +34,7 @@ PERSISTENT, OEM = "COS_PERSISTENT", "COS_OEM"
 HOLDER = "/run/initramfs/cos-state"  # where the partition of the booted image is mounted
 MODES = {"active": STATE, "passive": STATE, "recovery": RECOVERY}
 LOCK = f"{report.DIRECTORY}/images.lock"
+_BUSY_SEC, _PAUSE_SEC = 2.0, 0.02
 _SENTINELS = "/run/cos"
 _CMDLINE = "/proc/cmdline"
 _LOOP_GET_STATUS64, _LOOP_INFO64_BYTES = 0x4C05, 232  # linux/loop.h
@@ -190,13 +193,19 @@ def writable(device: Device, name: str) -> Iterator[str]:
 
 
 def _close(mounted: int, device: Device, *, read_only: bool) -> None:
+    deadline = time.monotonic() + _BUSY_SEC
     try:
-        if read_only:
-            syscalls.reconfigure(mounted, "ro")
-    except OSError as error:
-        raise ImageError(
-            f"cannot make '{device.path}' read-only again: {error.strerror}", hint="the next boot does it"
-        ) from None
+        while read_only:
+            try:
+                return syscalls.reconfigure(mounted, "ro")
+            except OSError as error:
+                # The kernel lets an image that was mounted, and is removed by now, go a moment later.
+                if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                    raise ImageError(
+                        f"cannot make '{device.path}' read-only again: {error.strerror}",
+                        hint="the next boot does it",
+                    ) from None
+                time.sleep(_PAUSE_SEC)
     finally:
         os.close(mounted)
 

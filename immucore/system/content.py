@@ -10,6 +10,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from immucore import files
+from immucore.system import stopping
 from immucore.system.programs import silent
 from immucore.tree import Tree
 from immucore.values import Record
@@ -37,6 +38,7 @@ def walk(tree: str) -> Iterator[tuple[str, Entry]]:
     there = Tree(tree)
     pending = [("", there.root)]
     while pending:
+        stopping.point()
         path, entry = pending.pop()
         yield path, entry
         if entry.kind == "directory":

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 
 from immucore import process, syscalls
 from immucore.log import printable
+from immucore.system import stopping
 from immucore.system.errors import ImageError
+from immucore.system.programs import TELL_SEC
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -76,6 +78,8 @@ def _run(argv: list[str], path: str, stage: str, environment: Mapping[str, str])
             argv,
             timeout_sec=LIMIT_SEC,
             environment={"HOME": "/root", "IMMUCORE_STAGE": stage, **environment},
+            meanwhile=lambda _sec: stopping.point(),
+            every_sec=TELL_SEC,
         )
     except OSError as error:
         raise ImageError(f"cannot run the hook '{path}': {error.strerror}", hint="correct it") from None

@@ -63,12 +63,12 @@ def _parser(
 
 
 def _upgrade(arguments: argparse.Namespace) -> int:
-    from immucore.system import booted, steps, upgrade
+    from immucore.system import booted, stopping, upgrade
 
     configured = settings.read()
     wishes = wished(arguments, configured)
     console, restart = _begin(arguments, arguments.reboot or configured.get("reboot"), configured)
-    with booted.at_work("upgrade") as here, steps.stoppable("nothing was changed"):
+    with booted.at_work("upgrade") as here, stopping.stoppable("nothing was changed"):
         done = upgrade.Upgrade(console, here, wishes).run()
     if done:
         restart()
@@ -86,12 +86,12 @@ def _rollback(arguments: argparse.Namespace) -> int:
 
 
 def _reset(arguments: argparse.Namespace) -> int:
-    from immucore.system import booted, reset, steps
+    from immucore.system import booted, reset, stopping
 
     configured = settings.read()
     check(configured)
     console, restart = _begin(arguments, arguments.reboot, configured)
-    with booted.at_work("reset") as here, steps.stoppable("recovery is as it was, do it again"):
+    with booted.at_work("reset") as here, stopping.stoppable("recovery is as it was, do it again"):
         fstype = configured.get("filesystem", "")
         reset.Reset(console, here, fstype=fstype, persistent=arguments.persistent, oem=arguments.oem).run()
     restart()

@@ -222,13 +222,12 @@ def mounted(image: str, fstype: str) -> Iterator[str]:
     """Mount an image read-only for as long as it is looked at. Raises ImageError."""
     there = tempfile.mkdtemp(prefix="immucore.", dir="/run")
     try:
-        failure = f"cannot mount '{image}'"
-        run(["mount", "-t", fstype, "-o", "ro,loop,nosuid,nodev,noexec", image, there], failure)
-        try:
-            yield there
-        finally:
-            run(["umount", there], f"cannot unmount '{there}'")
+        options = "ro,loop,nosuid,nodev,noexec"
+        run(["mount", "-t", fstype, "-o", options, image, there], f"cannot mount '{image}'")
+        yield there
     finally:
+        with contextlib.suppress(OSError):  # it is not mounted
+            syscalls.umount(there, syscalls.MNT_DETACH)
         os.rmdir(there)
 
 

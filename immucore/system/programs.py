@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from immucore import process
 from immucore.log import printable
+from immucore.system import stopping
 from immucore.system.errors import ImageError
 
 if TYPE_CHECKING:
@@ -57,13 +58,19 @@ def run(
     if not process.find(argv[0]):
         package = _PACKAGES.get(argv[0], argv[0])
         raise ImageError(f"{failure}: there is no {argv[0]}", hint=f"install {package}")
+
+    def meanwhile(_sec: float) -> None:
+        stopping.point()
+        advance(min(_read_bytes(), total_bytes), total_bytes)
+
     done = process.run(
         [*_TOGETHER, *argv] if process.find(_TOGETHER[0]) else argv,
         typed=typed.encode(),
         environment={**_surroundings(), **(environment or {})},
-        meanwhile=lambda _sec: advance(min(_read_bytes(), total_bytes), total_bytes),
+        meanwhile=meanwhile,
         every_sec=TELL_SEC,
     )
+    stopping.point()  # Ctrl-C ends a child, too
     if done.status not in good:
         said = [line.strip() for line in done.output.splitlines() if line.strip()][-_LINES:]
         reason = printable("; ".join(said)) or f"{argv[0]} ended with status {done.status}"

@@ -6,6 +6,7 @@ touched: whenever this is cut off, the machine boots, and it can be done once mo
 
 from __future__ import annotations
 
+import contextlib
 import os
 from functools import partial
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 from immucore import files
 from immucore.bootcount import ACTIVE, COUNTED, RECOVERY
 from immucore.errors import CmdlineError
-from immucore.system import booted, images, slots, sources, state_file, steps
+from immucore.system import booted, images, slots, sources, state_file, steps, stopping
 from immucore.system.environment import Environment
 from immucore.system.errors import ImageError, told
 from immucore.system.making import Making, fstype_of
@@ -55,6 +56,7 @@ class Reset:
             ]
         self._steps.append((f"writing {state_file.NAME}", self._record))
         if persistent:
+            self._persistent = here.partition(booted.PERSISTENT)
             self._steps.append(("removing all that is on COS_PERSISTENT", self._wipe_persistent))
         if oem:
             self._steps.append(("removing all that is on COS_OEM but grubenv", self._wipe_oem))
@@ -70,7 +72,7 @@ class Reset:
                 try:
                     steps.run(self._console, self._steps)
                 finally:
-                    steps.hold()
+                    stopping.hold()
                     steps.attempt(self._console, lambda: slots.clean(directory, 0))
         except OSError as error:
             raise ImageError(
@@ -110,6 +112,8 @@ class Reset:
         making = self._making
         slots.arm(self._environment, making.image_id)
         slots.replace(making.directory, slot)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(making.image)  # what was there before
         self._made[slot] = Entry(
             image_id=making.image_id,
             source=making.source.text,
@@ -132,7 +136,7 @@ class Reset:
         return True
 
     def _wipe_persistent(self, _: Advance) -> bool:
-        with booted.writable(self._here.partition(booted.PERSISTENT), "persistent") as top:
+        with booted.writable(self._persistent, "persistent") as top:
             _wipe(top)
         return True
 

@@ -31,9 +31,9 @@ def rollback(console: Console, here: Booted, *, force: bool) -> None:
                 slots.arm(environment, image_id)
             slots.swap(directory)
             state = state_file.read(top)
-            for slot, other in ((ACTIVE, PASSIVE), (PASSIVE, ACTIVE)):
-                entry = state.entry_of(found[other].image_id)
-                state.record(slot, entry)
+            entries = {slot: state.entry_of(found[slot].image_id) for slot in (ACTIVE, PASSIVE)}
+            state.record(ACTIVE, entries[PASSIVE])
+            state.record(PASSIVE, entries[ACTIVE])
             booted.record(console, here, top, booted.STATE, state)
             steps.attempt(console, lambda: slots.forget(environment, found.values()))
     except OSError as error:

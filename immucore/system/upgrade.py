@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from immucore.bootcount import ACTIVE, BAD, PASSIVE, RECOVERY
 from immucore.errors import ImmucoreError
-from immucore.system import booted, hooks, images, slots, sources, state_file, steps
+from immucore.system import booted, hooks, images, slots, sources, state_file, steps, stopping
 from immucore.system.environment import Environment
 from immucore.system.errors import ImageError, told
 from immucore.system.making import Making, fstype_of
@@ -86,7 +86,7 @@ class Upgrade:
         try:
             yield
         finally:
-            steps.hold()
+            stopping.hold()
             steps.attempt(self._console, lambda: slots.clean(self._making.directory, self._running))
             if self._armed and not self._committed:
                 steps.attempt(self._console, lambda: slots.disarm(self._environment, self._making.image_id))
@@ -165,7 +165,8 @@ class Upgrade:
 
     def _arm(self, _: Advance) -> bool:
         """Store the tries of the new image first: a power cut between the two leaves one that nobody has."""
-        steps.hold()
+        stopping.point()
+        stopping.hold()
         if self._slot == ACTIVE:
             self._armed = True
             slots.arm(self._environment, self._making.image_id)

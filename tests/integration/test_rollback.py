@@ -1,0 +1,176 @@
+"""Rollback and reset, on a real disk."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import upgrading
+from test_upgrade import bootable, judged, settled, stop_at
+
+from immucore import bootcount
+from immucore.bootcount import BAD, GOOD, TRYING
+
+
+def test_there_and_back(boot: upgrading.Boot, new: Path) -> None:
+    here = boot("active")
+    before = here.images()
+    here.set(judged(before["active"], GOOD))
+    assert here.run("upgrade", f"dir:{new}").status == 0
+    made = here.images()["active"]
+    here = boot("active")
+    here.set(saved_entry="passive")
+    values = here.values()
+    ran = here.run("rollback", "--json")
+    assert ran.status == 0, ran.stderr
+    assert ran.result["image_id"] == before["active"]
+    assert bootable(here) == {**before, "passive": made}
+    del values["saved_entry"]
+    assert here.values() == values, "what was judged goes with the image"
+    state = here.state()["state"]
+    assert state["active"]["source"] == "dir:/a"
+    assert state["passive"]["source"] == f"dir:{new}"
+    assert here.state("recovery")["state"] == state
+    settled(here)
+    here = boot("active")
+    assert here.machine.path("/sysroot/etc/version").read_text() == "a"
+    assert here.run("rollback").status == 0
+    assert here.images() == {**before, "active": made, "passive": before["active"]}
+
+
+@pytest.mark.parametrize("slot", ["passive", "recovery"])
+def test_after_a_fallback(boot: upgrading.Boot, slot: str) -> None:
+    here = boot(slot)
+    before = here.images()
+    here.set(judged(before["active"], BAD), judged(before["passive"], GOOD))
+    assert here.run("rollback").status == 0
+    assert here.images() == {**before, "active": before["passive"], "passive": before["active"]}
+    boot("active")
+
+
+def test_a_passive_that_was_judged_bad(boot: upgrading.Boot) -> None:
+    here = boot("active")
+    before = here.images()
+    here.set(judged(before["passive"], BAD))
+    ran = here.run("rollback")
+    assert ran.status == 4
+    assert f"cannot roll back: passive ({before['passive']}) was judged bad" in ran.stderr
+    assert "--force" in ran.stderr
+    assert here.images() == before
+    assert here.run("rollback", "--force").status == 0
+    assert here.images()["active"] == before["passive"]
+    assert bootcount.read(here.values(), str(before["passive"])).state == TRYING
+
+
+def test_without_a_passive(boot: upgrading.Boot) -> None:
+    here = boot("recovery")
+    with here.machine.partition("state") as path:
+        os.truncate(path / "cOS/passive.img", 4 << 20)
+    for _ in range(2):
+        ran = here.run("rollback")
+        assert ran.status == 4
+        assert "cannot roll back: there is no whole passive.img" in ran.stderr
+        settled(here)
+        with here.machine.partition("state") as path:
+            (path / "cOS/passive.img").unlink(missing_ok=True)
+
+
+def test_a_reset(boot: upgrading.Boot) -> None:
+    here = boot("recovery")
+    before = here.images()
+    here.set(judged(before["active"], BAD), judged(before["passive"], BAD), saved_entry="recovery")
+    with here.machine.partition("persistent") as path:
+        (path / "kept").write_text("kept")
+    (here.machine.path("/sysroot/oem") / "kept.yaml").write_text("kept")
+    with here.machine.partition("state") as path:
+        (path / "state.yaml").write_text(f"failed: ['{str(before['recovery'])[:16]}', other]\nmore: true\n")
+    ran = here.run("reset", "--json")
+    assert ran.status == 0, ran.stderr
+    after = bootable(here)
+    assert after["recovery"] == before["recovery"]
+    assert len({*after.values()}) == 3
+    assert {str(image_id)[:16] for image_id in after.values()} == {str(before["recovery"])[:16]}
+    assert (ran.result["active"], ran.result["passive"]) == (after["active"], after["passive"])
+    assert here.values() == {f"tries_{after[slot]}": "3" for slot in ("active", "passive")}
+    assert here.state()["state"]["passive"]["action"] == "reset"
+    settled(here)
+    with here.part("persistent") as path:
+        assert (path / "kept").exists()
+    assert (here.machine.path("/sysroot/oem") / "kept.yaml").exists()
+    here = boot("active")
+    assert here.machine.path("/sysroot/etc/version").read_text() == "r"
+
+
+def test_a_reset_of_everything(boot: upgrading.Boot) -> None:
+    here = boot("recovery")
+    with here.machine.partition("persistent") as path:
+        (path / ".state/etc.bind").mkdir(parents=True)
+        (path / "data").write_text("data")
+    oem = here.machine.path("/sysroot/oem")
+    (oem / "config").mkdir()
+    (oem / "config/99.yaml").write_text("x")
+    inode = (oem / "grubenv").stat().st_ino
+    ran = here.run("reset", "--persistent", "--oem")
+    assert ran.status == 0, ran.stderr
+    with here.part("persistent") as path:
+        assert os.listdir(path) == ["lost+found"]
+    assert sorted(os.listdir(oem)) == ["grubenv", "lost+found"]
+    assert (oem / "grubenv").stat().st_ino == inode, "GRUB writes into its blocks"
+    here = boot("active")
+
+
+@pytest.mark.parametrize("slot", ["active", "passive"])
+def test_a_reset_only_from_recovery(boot: upgrading.Boot, slot: str) -> None:
+    here = boot(slot)
+    before = here.images()
+    ran = here.run("reset", "--persistent", "--oem")
+    assert ran.status == 2
+    assert f"cannot reset: this system was booted from {slot}" in ran.stderr
+    assert here.images() == before
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_reset_that_is_cut_off(boot: upgrading.Boot, how: signal.Signals) -> None:
+    here = boot("recovery")
+    before = here.images()
+    for number in range(2, 11):
+        ended = stop_at(here, number, how, "reset")
+        assert ended.status != 0 or number > 8
+        if how == signal.SIGTERM:
+            assert f"stopped by signal {how.value}: recovery is as it was, do it again" in ended.said or (
+                ended.status == 0
+            )
+            settled(here)
+        assert bootable(here)["recovery"] == before["recovery"]
+    assert here.run("reset").status == 0
+    settled(here)
+    assert {str(each)[:16] for each in here.images().values()} == {str(before["recovery"])[:16]}
+
+
+def test_a_reset_without_room(boot: upgrading.Boot) -> None:
+    here = boot("recovery")
+    before, values = here.images(), here.values()
+    with here.machine.partition("state") as path:
+        status = os.statvfs(path)
+        with (path / "filler").open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, status.f_bfree * status.f_frsize - (2 << 20))
+    ran = here.run("reset")
+    assert ran.status == 4
+    assert "and 1 MiB are free" in ran.stderr
+    assert (here.images(), here.values()) == (before, values)
+    settled(here)
+
+
+def test_a_reset_without_the_partitions(boot: upgrading.Boot) -> None:
+    here = boot("recovery")
+    here.machine.record(here.machine.part("persistent")).write_text("I:1\n")
+    ran = here.run("reset", "--persistent")
+    assert ran.status == 3
+    assert "cannot find a filesystem labelled 'COS_PERSISTENT'" in ran.stderr
+    here.machine.record(here.machine.part("state")).write_text("I:1\n")
+    ran = here.run("reset")
+    assert ran.status == 3
+    assert "cannot find a filesystem labelled 'COS_STATE'" in ran.stderr
+    settled(here)
