@@ -47,18 +47,51 @@ def wanted(saved: str) -> str:
     return ENTRIES.get(saved, ACTIVE)
 
 
-def choose(saved: str, active: Count | None, passive: Count | None) -> str:
-    """Return the slot to boot; None stands for a slot without an image.
+def order(saved: str, active: Count | None, passive: Count | None, last_resort: str = "") -> tuple[str, ...]:
+    """List the slots as they are tried, each if the one before cannot be loaded; None: it has no image.
 
-    The wanted one comes first, then active, then passive; one that is bad is passed over. What is left is
-    recovery.
+    The wanted one comes first, then active, then passive; one that is bad is passed over. Then recovery, and
+    what remains when there is none, by turns: `last_resort` is the slot that was it the last time.
     """
     counts = {ACTIVE: active, PASSIVE: passive}
-    for slot in (wanted(saved), *COUNTED):
-        count = counts.get(slot)
-        if slot == RECOVERY or (count is not None and count.state != BAD):
-            return slot
-    return RECOVERY
+    rest = (PASSIVE, ACTIVE) if last_resort == ACTIVE else COUNTED
+    good = [
+        slot
+        for slot in (wanted(saved), *COUNTED)
+        if slot == RECOVERY or ((count := counts[slot]) is not None and count.state != BAD)
+    ]
+    return tuple(dict.fromkeys((*good, RECOVERY, *rest)))
+
+
+def choose(saved: str, active: Count | None, passive: Count | None) -> str:
+    """Return the slot to boot, the first in the order: recovery where both are bad."""
+    return order(saved, active, passive)[0]
+
+
+def boot(
+    values: Mapping[str, str],
+    active: str | None,
+    passive: str | None,
+    broken: Collection[str] = (),
+) -> tuple[str | None, dict[str, str]]:
+    """Do what the boot loader does: return the slot whose kernel it starts, and the variables it leaves.
+
+    `active` and `passive` are the ids of the images, `broken` are slots that cannot be loaded. None where
+    there is nothing to start. This is grub.cfg as a function.
+    """
+    after = {name: value for name, value in values.items() if name != "next_entry" or not value}
+    ids = {ACTIVE: active, PASSIVE: passive}
+    first, second = (read(values, image_id) if image_id else None for image_id in (active, passive))
+    slots = order(values.get("saved_entry", ""), first, second, values.get("last_resort", ""))
+    once = ENTRIES.get(values.get("next_entry", ""), "")
+    for slot in dict.fromkeys((once, *slots) if once else slots):
+        if (image_id := ids.get(slot)) and slot != once:
+            count = read(after, image_id)
+            after |= {"last_resort": slot} if count.state == BAD else {}
+            after = written(after, started(count))
+        if slot not in broken and (image_id or slot == RECOVERY):
+            return slot, after
+    return None, after
 
 
 def armed(image_id: str) -> Count:

@@ -21,14 +21,15 @@ from machine import FIRMWARE, VARIABLES, Action, Guest, drive
 CONFIG = Path(__file__).parents[1] / "immucore/system/grub.cfg"
 KERNEL = Path(__file__).with_name("guest") / "kernel.s"
 MODULES = (
-    "configfile echo eval ext2 fat linux loadenv loopback memdisk minicmd multiboot normal part_gpt reboot"
-    " halt regexp search search_label serial sleep squash4 tar terminal test"
-).split()
+    *("configfile", "echo", "eval", "ext2", "fat", "halt", "linux", "loadenv", "loopback", "memdisk"),
+    *("minicmd", "multiboot", "normal", "part_gpt", "reboot", "regexp", "search", "search_label", "serial"),
+    *("sleep", "squash4", "tar", "terminal", "test"),
+)
 FIRMWARE_MODULES = {"i386-pc": ["biosdisk"], "x86_64-efi": ["all_video"]}
 MIB = 2**20
 QEMU = "qemu-system-x86_64 -nodefaults -no-user-config -machine q35 -display none -no-reboot -m 256"
 SIZES_MIB = {"efi": 16, "oem": 4, "recovery": 8, "state": 16}
-LIMIT_S = 20.0
+LIMIT_S = 60.0
 BLOCK_BYTES = 1024
 
 Block = bytes | None  # None: there is no such file
@@ -62,7 +63,7 @@ class Computer:
     console: str = ""
     _oem: int = 0  # where the partition begins
 
-    def boot(self, keys: str = "") -> Started | None:
+    def boot(self, keys: str = "", limit_s: float = LIMIT_S) -> Started | None:
         """Switch it on; returns what was started, None where GRUB waits for somebody.
 
         `keys` are typed when the menu is there.
@@ -80,7 +81,7 @@ class Computer:
         if keys:
             when.append(("will be executed automatically", lambda guest: guest.type(keys)))
         with Guest(self.work / "console", arguments) as guest:
-            guest.run(LIMIT_S, when)
+            guest.run(limit_s, when)
             self.console = guest.console
         self.block = self._environment(disk)
         return started(self.console)

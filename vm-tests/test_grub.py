@@ -77,19 +77,22 @@ class Model:
         image = {ACTIVE: self.computer.active, PASSIVE: self.computer.passive}.get(slot)
         return bootcount.read(values(self.computer), image.image_id) if image else None
 
-    def predict(self) -> tuple[str, str, dict[str, str]]:
+    def predict(self) -> tuple[str | None, str, dict[str, str]]:
         """Return the slot, what is added to its command line, and the environment after that."""
         before = values(self.computer)
-        saved = before.get("saved_entry", "")
-        slot = bootcount.choose(saved, self.count(ACTIVE), self.count(PASSIVE))
-        wanted = bootcount.wanted(saved)
-        if before.get("next_entry"):
-            return bootcount.ENTRIES[before.pop("next_entry")], "", before
-        failure = f"upgrade_failure={wanted}" if slot != wanted else ""
-        count = self.count(slot)
-        if count is None or self.computer.block == ZEROS:
-            return slot, failure, before
-        return slot, f"{COUNTING} {failure}".strip(), bootcount.written(before, bootcount.started(count))
+        images = [
+            image.image_id if image else None for image in (self.computer.active, self.computer.passive)
+        ]
+        broken = [] if self.computer.recovery else [RECOVERY]
+        slot, after = bootcount.boot(before, *images, broken)
+        if once := bootcount.ENTRIES.get(before.get("next_entry", "")):
+            assert slot == once
+            return slot, "", after
+        if self.computer.block == ZEROS:
+            after = {}
+        wanted = bootcount.wanted(before.get("saved_entry", ""))
+        words = [COUNTING] if after and slot in bootcount.COUNTED else []
+        return slot, " ".join([*words, *([f"upgrade_failure={wanted}"] if slot != wanted else [])]), after
 
     def do(self, event: str) -> None:
         """Let something happen; a boot is compared with what was predicted."""
@@ -164,6 +167,7 @@ SEQUENCES = {
     "an empty entry": ["save ", "next ", "boot"],
     "a block of zeros": ["boot", "zero", "boot", "good", "boot", "zero", "boot", "boot"],
     "no active": ["lose active", "boot", "good", "boot", "boot", "boot", "boot"],
+    "no recovery": ["lose recovery", *["boot"] * 9, "good", "boot"],
     "no slot": ["lose active", "lose passive", "boot", "save passive", "boot"],
 }
 
@@ -175,7 +179,7 @@ def test_the_menu_does_what_bootcount_says(computer: Callable[..., Computer], na
         model.do(event)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_the_menu_does_so_whatever_happens(computer: Callable[..., Computer], seed: int) -> None:
     chance = random.Random(seed)  # noqa: S311 - a test that can be repeated
     model = Model(computer())
@@ -185,7 +189,7 @@ def test_the_menu_does_so_whatever_happens(computer: Callable[..., Computer], se
 
 def events(chance: random.Random) -> Iterator[str]:
     others = ["good", "bad", "upgrade", "zero", "save active", "save fallback", "save recovery", "save "]
-    for _ in range(12):
+    for _ in range(8):
         yield "boot"
         if chance.random() < 0.6:
             yield chance.choice([*others, "next cos", "next passive", "next recovery"])
@@ -227,14 +231,14 @@ def test_a_bad_slot_is_booted_when_nothing_else_is_left(
 ) -> None:
     machine = computer(tries((A, 0), (B, 0)), recovery=recovery)
     assert booted(machine) == (ACTIVE, COUNTING)
-    machine.active = None
+    assert values(machine) == {**tries((A, 0), (B, 0)), "last_resort": "active"}
     assert booted(machine) == (PASSIVE, f"{COUNTING} upgrade_failure=active")
-    assert values(machine) == tries((A, 0), (B, 0))
+    assert values(machine) == {**tries((A, 0), (B, 0)), "last_resort": "passive"}
 
 
 def test_without_any_image_the_menu_stays(computer: Callable[..., Computer]) -> None:
     machine = computer(active=None, passive=None, recovery=None)
-    assert machine.boot() is None
+    assert machine.boot(limit_s=30) is None
     assert "Linux (no image)" in machine.console
 
 

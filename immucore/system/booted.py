@@ -84,14 +84,15 @@ def at_work(what: str) -> Iterator[Booted]:
                 f"cannot {what}: somebody else is at work on the images of this machine",
                 hint=f"see who: fuser -v {LOCK}; try again when that is done",
             ) from None
-        booted = _booted(what)
+        booted = look(what)
         syscalls.leave_mounts()
         yield booted
     finally:
         os.close(lock)
 
 
-def _booted(what: str) -> Booted:
+def look(what: str) -> Booted:
+    """Find out what runs here. Raises CmdlineError where that is no image of a slot, and DeviceError."""
     found = [mode for mode in (*MODES, "live") if os.path.exists(f"{_SENTINELS}/{mode}_mode")]
     if found == ["live"]:
         raise CmdlineError(

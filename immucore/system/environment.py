@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from immucore.errors import CmdlineError, MountError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 
 class Environment:
@@ -54,6 +56,25 @@ class Environment:
         """Tell whether GRUB can read and write it."""
         return not self.problem
 
+    def update(self, change: Callable[[dict[str, str]], Mapping[str, str]]) -> None:
+        """Store what `change` makes of the variables, with nobody else's change in between.
+
+        A block that is missing or damaged is made anew; one that would stay as it is, is not written. Raises
+        CmdlineError and MountError.
+        """
+        try:
+            lock = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise self._refused(error) from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            before = self.read()
+            after = change(dict(before))
+            if after != before or not self.intact:
+                self.write(after)
+        finally:
+            os.close(lock)
+
     def _block(self) -> bytes:
         with open(self.path, "rb", opener=_regular) as file:
             return file.read(grubenv.SIZE_BYTES + 1)
@@ -75,10 +96,13 @@ class Environment:
         try:
             self._store(block)
         except OSError as error:
-            raise MountError(
-                f"cannot write '{self.path}': {error.strerror}",
-                hint=f"COS_OEM has to be mounted there, read-write: findmnt {self.path.parent}",
-            ) from None
+            raise self._refused(error) from None
+
+    def _refused(self, error: OSError) -> MountError:
+        hint = f"COS_OEM has to be mounted there, read-write: findmnt {self.path.parent}"
+        if error.errno == errno.EACCES:
+            hint = "that is for root alone"
+        return MountError(f"cannot write '{self.path}': {error.strerror}", hint=hint)
 
     def _store(self, block: bytes) -> None:
         known = self.path.exists()

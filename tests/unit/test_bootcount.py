@@ -94,6 +94,46 @@ def test_a_choice(saved: str, active: str, passive: str) -> None:
     assert bootcount.choose(saved, *slots) == CHOICES[saved, active, passive]
 
 
+def test_what_remains_when_recovery_cannot_be_loaded_goes_by_turns() -> None:
+    assert bootcount.order("", count(3), count(3)) == ("active", "passive", "recovery")
+    assert bootcount.order("", None, count(3)) == ("passive", "recovery", "active")
+    assert bootcount.order("", count(0), count(0)) == ("recovery", "active", "passive")
+    assert bootcount.order("", count(0), count(0), "active") == ("recovery", "passive", "active")
+    assert bootcount.order("", count(0), count(0), "passive") == ("recovery", "active", "passive")
+    assert bootcount.order("recovery", count(3), count(0)) == ("recovery", "active", "passive")
+
+
+def test_a_boot_takes_the_first_slot_that_can_be_loaded() -> None:
+    assert bootcount.boot({"x": "y"}, ID, OTHER) == ("active", {"x": "y", f"tries_{ID}": "2"})
+    both = {f"tries_{ID}": "2", f"tries_{OTHER}": "2"}
+    assert bootcount.boot({}, ID, OTHER, ["active"]) == ("passive", both)
+    assert bootcount.boot({}, ID, OTHER, ["active", "passive"]) == ("recovery", both)
+    assert bootcount.boot({}, None, None) == ("recovery", {})
+    assert bootcount.boot({}, None, None, ["recovery"]) == (None, {})
+
+
+def test_a_boot_without_recovery_goes_by_turns_when_all_tries_are_gone() -> None:
+    values, booted = {f"tries_{ID}": "0", f"tries_{OTHER}": "0"}, []
+    for _ in range(4):
+        slot, values = bootcount.boot(values, ID, OTHER, ["recovery"])
+        booted.append(slot)
+    assert booted == ["active", "passive", "active", "passive"]
+
+
+@pytest.mark.parametrize(
+    ("said", "slot"), [("cos", "active"), ("passive", "passive"), ("recovery", "recovery")]
+)
+def test_a_boot_that_is_chosen_once_is_not_counted(said: str, slot: str) -> None:
+    values = {f"tries_{ID}": "0", "next_entry": said, "saved_entry": "recovery"}
+    assert bootcount.boot(values, ID, OTHER) == (slot, {f"tries_{ID}": "0", "saved_entry": "recovery"})
+
+
+def test_what_cannot_be_booted_once_is_left_for_this_boot() -> None:
+    values = {"next_entry": "passive"}
+    assert bootcount.boot(values, ID, OTHER, ["passive"]) == ("active", {f"tries_{ID}": "2"})
+    assert bootcount.boot(values, None, OTHER, ["passive"]) == ("recovery", {})
+
+
 @pytest.mark.parametrize(
     ("said", "meant"),
     [("cos", "active"), ("fallback", "passive"), ("active", "active"), ("nonsense", ""), ("0", "")],

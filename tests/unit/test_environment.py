@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -97,3 +99,45 @@ def test_a_directory_that_is_not_there_is_told(tmp_path: Path) -> None:
         Environment(tmp_path / "oem/grubenv").write({})
     assert caught.value.message == f"cannot write '{tmp_path}/oem/grubenv': No such file or directory"
     assert caught.value.hint == f"COS_OEM has to be mounted there, read-write: findmnt {tmp_path}/oem"
+
+
+def test_a_change_keeps_what_it_does_not_change(tmp_path: Path) -> None:
+    environment = Environment(tmp_path / "grubenv")
+    environment.path.write_bytes(WHOLE)
+    environment.update(lambda values: {**values, "next_entry": "recovery"})
+    assert environment.read() == {"saved_entry": "active", "next_entry": "recovery"}
+
+
+def test_a_change_that_is_none_writes_nothing(tmp_path: Path) -> None:
+    environment = Environment(tmp_path / "grubenv")
+    environment.path.write_bytes(WHOLE)
+    os.utime(environment.path, (1, 1))
+    environment.update(lambda values: values)
+    assert os.stat(environment.path).st_mtime == 1
+
+
+@pytest.mark.parametrize("block", [None, bytes(1024)], ids=["missing", "zeros"])
+def test_a_change_that_is_none_repairs_what_is_damaged(block: bytes | None, tmp_path: Path) -> None:
+    environment = Environment(tmp_path / "grubenv")
+    if block is not None:
+        environment.path.write_bytes(block)
+    environment.update(lambda values: values)
+    assert environment.path.read_bytes() == grubenv.render({})
+
+
+def test_changes_wait_for_each_other(tmp_path: Path) -> None:
+    environment = Environment(tmp_path / "grubenv")
+
+    def add_one(values: dict[str, str]) -> dict[str, str]:
+        number = int(values.get("number", 0))
+        time.sleep(0.01)
+        return {**values, "number": str(number + 1)}
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(environment.update, [add_one] * 16))
+    assert environment.read() == {"number": "16"}
+
+
+def test_a_change_without_the_directory_is_told(tmp_path: Path) -> None:
+    with pytest.raises(MountError, match=r"cannot write '.*/oem/grubenv': No such file or directory"):
+        Environment(tmp_path / "oem/grubenv").update(lambda values: values)

@@ -1,0 +1,171 @@
+"""`immucore boot status`: what is in the slots, what becomes of it, and what this boot is."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+from immucore import bootcount, process, report, syscalls
+from immucore.bootcount import ACTIVE, BAD, COUNTED, PASSIVE, RECOVERY
+from immucore.log import printable
+from immucore.system import boot_state, booted, health_notice, images, slots, state_file
+from immucore.system.boot_state import MISSING
+from immucore.system.errors import ImageError, told
+from immucore.values import Record
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterator, Mapping
+
+    from immucore.bootcount import Count
+    from immucore.system.boot_state import BootState
+    from immucore.system.booted import Booted
+    from immucore.system.state_file import Entry
+
+FELL_BACK = 5  # the exit status: this is not what was to be booted, or a slot is bad
+_BLKID = ("blkid", "--probe", "--output", "value", "--match-tag", "LABEL")
+_BLKID_SEC = 30.0
+
+
+class Image(Record):
+    """What a slot holds."""
+
+    slot: str
+    path: str = ""  # of the file in its partition; empty: there is none, or it is not whole
+    image_id: str | None = None
+    label: str = ""
+    count: Count | None = None  # None in recovery, which is not counted, and where there is no image
+    running: bool = False
+    entry: Entry | None = None  # where it has come from
+
+    @property
+    def state(self) -> str:
+        """Good, trying, bad, missing, or empty where nobody counts."""
+        if not self.path:
+            return MISSING
+        return self.count.state if self.count else ""
+
+
+def survey(here: Booted, values: Mapping[str, str]) -> list[Image]:
+    """Look at the images of all slots; the mounts of this process are its own then. Raises ImmucoreError."""
+    try:
+        syscalls.leave_mounts()
+        return _survey(here, values)
+    except OSError as error:
+        raise ImageError(f"cannot look at the images of this machine: {told(error)}") from None
+
+
+def _survey(here: Booted, values: Mapping[str, str]) -> list[Image]:
+    found: list[Image] = []
+    for label in (booted.STATE, booted.RECOVERY):
+        if label == booted.MODES[here.mode]:
+            found += _images(booted.HOLDER, label, here, values)
+        else:
+            with booted.readable(here.partition(label), "status") as top:
+                found += _images(top, label, here, values)
+    return found
+
+
+def _images(top: str, label: str, here: Booted, values: Mapping[str, str]) -> Iterator[Image]:
+    directory = os.path.join(top, slots.DIRECTORY)
+    state = state_file.read(top)
+    if label == booted.RECOVERY:
+        names = (slots.FILES[RECOVERY], slots.EARLIER_RECOVERY)
+        name = next((name for name in names if slots.whole(os.path.join(directory, name))), "")
+        yield _image(RECOVERY, directory, name, state, values).replace(running=here.mode == RECOVERY)
+        return
+    running = slots.survey(directory, values, here.mode, here.image_id)
+    for slot in COUNTED:
+        name = slots.FILES[slot] if running[slot].whole else ""
+        yield _image(slot, directory, name, state, values).replace(running=running[slot].running)
+
+
+def _image(
+    slot: str, directory: str, name: str, state: state_file.State, values: Mapping[str, str]
+) -> Image:
+    if not name:
+        return Image(slot=slot)
+    path = os.path.join(directory, name)
+    image_id = images.identity(path)
+    entry = state.entry(slot)
+    return Image(
+        slot=slot,
+        path=f"/{slots.DIRECTORY}/{name}",
+        image_id=image_id,
+        label=process.run([*_BLKID, path], timeout_sec=_BLKID_SEC).output.strip(),
+        count=bootcount.read(values, image_id or slot) if slot in COUNTED else None,
+        entry=entry if entry and entry.image_id == (image_id or "") else None,
+    )
+
+
+def show(arguments: argparse.Namespace) -> int:
+    """Tell all of it; the exit status is FELL_BACK where somebody should look into it."""
+    what = "tell what is booted"
+    if os.geteuid():
+        raise ImageError(f"cannot {what}: that is for root alone", hint="sudo immucore boot status")
+    here, state = booted.look(what), boot_state.read()
+    values = state.environment.read()
+    found = survey(here, values)
+    facts = _facts(state, found, values)
+    if arguments.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        for line in lines(facts):
+            print(printable(line))
+    return FELL_BACK if state.reason or any(image.state == BAD for image in found) else 0
+
+
+def _facts(state: BootState, found: list[Image], values: Mapping[str, str]) -> dict[str, Any]:
+    ids = {image.slot: (image.image_id or image.slot) if image.path else None for image in found}
+    upcoming, _ = bootcount.boot(values, ids[ACTIVE], ids[PASSIVE], [] if ids[RECOVERY] else [RECOVERY])
+    return {
+        "schema": report.SCHEMA,
+        "booted": state.mode,
+        "wanted": state.wanted,
+        "reason": boot_state.reason(state, {image.slot: image.state for image in found}),
+        "image_id": state.image_id,
+        "health": health_notice.read(),
+        "next": upcoming,
+        "next_entry": values.get("next_entry", ""),
+        "saved_entry": values.get("saved_entry", ""),
+        "environment": {"path": str(state.environment.path), "problem": state.environment.problem},
+        "slots": {image.slot: _of_slot(image) for image in found},
+    }
+
+
+def _of_slot(image: Image) -> dict[str, Any]:
+    return {
+        "image": image.path,
+        "image_id": image.image_id,
+        "label": image.label,
+        "state": image.state,
+        "left": image.count.left if image.count else None,
+        "running": image.running,
+        **{name: getattr(image.entry, name, "") for name in ("source", "digest", "fs", "date", "action")},
+    }
+
+
+def lines(facts: Mapping[str, Any]) -> Iterator[str]:
+    """Say it to people."""
+    for slot, image in facts["slots"].items():
+        left = image["left"]
+        tries = f", {left} {'boot' if left == 1 else 'boots'} left" if image["state"] == "trying" else ""
+        what = image["state"] + tries or "not counted"
+        yield f"{'*' if image['running'] else ' '} {slot:9} {what:20} {image['image_id'] or '-'}"
+        origin = [image["label"], image["source"], image["date"]]
+        if any(origin):
+            yield f"            {'  '.join(filter(None, origin))}"
+    yield f"booted: {facts['booted']}"
+    if facts["reason"]:
+        yield f"    instead of {facts['wanted']}: {facts['reason']}"
+    told = facts["health"]
+    yield f"health: {told.get('verdict')}"
+    for reason in told.get("reasons") or ():
+        yield f"    {reason}"
+    once = " (this once)" if facts["next_entry"] else ""
+    yield f"next boot: {facts['next'] or 'nothing can be booted'}{once}"
+    if facts["saved_entry"]:
+        yield f"default: {facts['saved_entry']}"
+    if problem := facts["environment"]["problem"]:
+        yield f"boots are not counted: {facts['environment']['path']}: {problem}"
