@@ -63,7 +63,7 @@ def _slot(name: str, path: str, values: Mapping[str, str], running: int) -> Slot
     if not whole(path):
         return Slot(name=name)
     image_id = images.identity(path)
-    state = bootcount.read(values, image_id).state if image_id else TRYING
+    state = bootcount.read(values, image_id or name).state
     runs = running != 0 and os.stat(path).st_ino == running
     return Slot(name=name, whole=True, image_id=image_id, state=state, running=runs)
 
@@ -81,11 +81,13 @@ def kept(active: Slot, passive: Slot) -> str:
     """Say which of two images is still there after an upgrade, as passive.
 
     One that was judged good before one that was not, then the one that runs, then passive: so an active that
-    works becomes passive, and what somebody has fallen back to stays.
+    works becomes passive, and what somebody has fallen back to stays. What runs may have lost its tries to
+    power cuts, and counts as bad; of another one that is not good nobody knows whether it ever ran.
     """
 
-    def rank(slot: Slot) -> tuple[bool, int, bool, bool]:
-        return slot.whole, _RANKS.index(slot.state), slot.running, slot.name == PASSIVE
+    def rank(slot: Slot) -> tuple[bool, bool, bool, int, bool]:
+        good = slot.state == GOOD
+        return slot.whole, good, slot.running, _RANKS.index(slot.state), slot.name == PASSIVE
 
     return max(active, passive, key=rank).name
 
@@ -173,7 +175,7 @@ def disarm(environment: Environment, image_id: str) -> None:
 def forget(environment: Environment, found: Iterable[Slot]) -> None:
     """Keep nothing of images that are in no slot, and let active be the slot that is wanted."""
     values = environment.read()
-    kept_values = bootcount.forgotten(values, [slot.image_id for slot in found if slot.image_id])
+    kept_values = bootcount.forgotten(values, [slot.image_id or slot.name for slot in found])
     if bootcount.wanted(kept_values.get(SAVED_ENTRY, "")) != ACTIVE:
         del kept_values[SAVED_ENTRY]
     if kept_values != values:
