@@ -110,14 +110,14 @@ class Upgradable:
     """A machine that is booted from one of its images; /sysroot is its root."""
 
     def __init__(self, machine: native.Machine, slot: str, program: Sequence[str]) -> None:
-        self.machine, self.slot, self.program = machine, slot, program
+        self.machine, self.slot, self._program = machine, slot, program
         booted = machine.boot(COMMANDS[slot])
         assert booted.status == 0, booted.stderr
         assert booted.result["mode_booted"] == slot
 
     def start(self, *words: str | Path, **options: Any) -> subprocess.Popen[str]:
         """Start a command of the booted system."""
-        argv = self.machine.inside(*self.program, *words)
+        argv = self.machine.inside(*self._program, *words)
         return subprocess.Popen(
             argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, **options
         )
