@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from immucore import cli
-from immucore.system import boot_commands, image_commands
+from immucore.system import boot_commands, image_commands, reboot_commands
 
 if TYPE_CHECKING:
     import argparse
@@ -16,6 +16,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the commands of the booted system, each by the module that does it."""
     image_commands.add_parser(commands)
     boot_commands.add_parser(commands)
+    reboot_commands.add_parser(commands)
 
 
 def main(arguments: Sequence[str]) -> int:
