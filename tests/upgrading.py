@@ -45,6 +45,9 @@ def make_tree(root: Path, version: str) -> Path:
         'set kernel=/boot/vmlinuz\nset initramfs=/boot/initrd\nset kernelcmd="quiet"\n'
     )
     (root / "etc/version").write_text(version)
+    for path, kind in (("etc/version", "etc_t"), ("boot", "boot_t"), ("boot/vmlinuz", "link_t")):
+        label = f"system_u:object_r:{kind}:s0\0".encode()  # as libselinux writes it
+        os.setxattr(root / path, "security.selinux", label, follow_symlinks=False)
     return root
 
 

@@ -212,6 +212,25 @@ def test_what_is_there_already(boot: upgrading.Boot, new: Path) -> None:
     assert here.images()["active"] != before["active"]
 
 
+def test_a_reboot_afterwards(boot: upgrading.Boot, new: Path) -> None:
+    """A way that there is not is told before anything is done; a reboot that fails has been an upgrade."""
+    here = boot("active")
+    before = here.images()
+    ran = here.run("upgrade", "--reboot", "soon", f"dir:{new}")
+    assert (ran.status, "cannot reboot by 'soon'" in ran.stderr) == (2, True), ran.stderr
+    assert here.images() == before
+    configure(here, reboot="now")  # no systemd runs here
+    ran = here.run("upgrade", f"dir:{new}")
+    assert ran.status not in (0, 2)
+    assert "cannot reboot" in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert here.images()["passive"] in (before["active"], before["passive"])
+    assert here.images()["active"] != before["active"]
+    settled(here)
+    ran = here.run("upgrade", f"dir:{new}")
+    assert (ran.status, "nothing to be done" in ran.stderr) == (0, True), "and nothing to reboot for"
+
+
 def test_what_was_judged_bad(boot: upgrading.Boot, new: Path, newer: Path) -> None:
     here = boot("active")
     before = here.images()
