@@ -81,7 +81,7 @@ class Supervisor:
         if self._state.mode not in COUNTED:
             return {}
         directory = f"{booted.HOLDER}/{slots.DIRECTORY}"
-        return slots.survey(directory, values, running=0)  # which of them that is does not matter here
+        return slots.survey(directory, values)
 
     def _greet(self, *, console: bool = False) -> None:
         values = self._state.environment.read()
