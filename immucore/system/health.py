@@ -81,7 +81,7 @@ class Supervisor:
         if self._state.mode not in COUNTED:
             return {}
         directory = f"{booted.HOLDER}/{slots.DIRECTORY}"
-        return slots.survey(directory, values, self._state.mode, self._state.image_id)
+        return slots.survey(directory, values, running=0)  # which of them that is does not matter here
 
     def _greet(self, *, console: bool = False) -> None:
         values = self._state.environment.read()

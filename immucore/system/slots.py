@@ -63,7 +63,7 @@ def _slot(name: str, path: str, values: Mapping[str, str], running: int) -> Slot
     if not whole(path):
         return Slot(name=name)
     image_id = images.identity(path)
-    state = bootcount.read(values, image_id).state if image_id else TRYING
+    state = bootcount.read(values, image_id or name).state
     runs = running != 0 and os.stat(path).st_ino == running
     return Slot(name=name, whole=True, image_id=image_id, state=state, running=runs)
 
@@ -173,7 +173,7 @@ def disarm(environment: Environment, image_id: str) -> None:
 def forget(environment: Environment, found: Iterable[Slot]) -> None:
     """Keep nothing of images that are in no slot, and let active be the slot that is wanted."""
     values = environment.read()
-    kept_values = bootcount.forgotten(values, [slot.image_id for slot in found if slot.image_id])
+    kept_values = bootcount.forgotten(values, [slot.image_id or slot.name for slot in found])
     if bootcount.wanted(kept_values.get(SAVED_ENTRY, "")) != ACTIVE:
         del kept_values[SAVED_ENTRY]
     if kept_values != values:
