@@ -153,13 +153,31 @@ def _set_xattr(target: str | int, name: str, value: bytes, *, follow_symlinks: b
 
 def copy_label(source: str, target: str) -> None:
     """Give `target` the SELinux label of `source`, if that has one: no policy is loaded that would do it."""
+    if label := _label(source):
+        os.setxattr(target, "security.selinux", label, follow_symlinks=False)
+
+
+def make_directory(path: str) -> None:
+    """Make a directory (0755) with the SELinux label of its parent, as the kernel does it under a policy.
+
+    The parent keeps its own: where overlayfs copies that up, SELinux without a policy leaves the label out
+    (selinux_inode_copy_up_xattr in security/selinux/hooks.c).
+    """
+    parent = os.path.dirname(path)
+    label = _label(parent)
+    os.mkdir(path, 0o755)
+    if label:
+        for each in (parent, path):
+            os.setxattr(each, "security.selinux", label, follow_symlinks=False)
+
+
+def _label(path: str) -> bytes:
     try:
-        label = os.getxattr(source, "security.selinux", follow_symlinks=False)
+        return os.getxattr(path, "security.selinux", follow_symlinks=False)
     except OSError as error:
         if error.errno in _NO_XATTRS:
-            return
+            return b""
         raise
-    os.setxattr(target, "security.selinux", label, follow_symlinks=False)
 
 
 def xattrs(path: str | int) -> list[str]:

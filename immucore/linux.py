@@ -383,8 +383,7 @@ class Kernel:
             parent, _, name = path.rpartition("/")
             real = os.path.join(self.directory(parent or "/"), name)
             try:
-                os.mkdir(real, 0o755)
-                files.copy_label(os.path.dirname(real), real)
+                files.make_directory(real)
             except FileExistsError:
                 raise MountError(
                     f"cannot use '{path}': it is a symlink to nowhere", hint="remove it from the image"

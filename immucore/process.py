@@ -20,7 +20,7 @@ from immucore.values import Record
 
 TYPE_CHECKING = False  # importing typing would cost a boot 9 ms
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C", "TERM": "linux"}
 TIMED_OUT = 124  # as timeout(1) says it
@@ -45,10 +45,11 @@ def run(
     *,
     timeout_sec: float | None = None,
     environment: Mapping[str, str] | None = None,
+    typed: bytes = b"",
     meanwhile: Callable[[float], None] | None = None,
     every_sec: float = SAY_SEC,
 ) -> Finished:
-    """Run a program to its end, with nothing on its standard input, and return what it said.
+    """Run a program to its end, with `typed` on its standard input, and return what it said.
 
     One that takes longer than `timeout_sec` is killed, and so is one that a signal to the agent interrupts.
     `meanwhile` is called every `every_sec` with the seconds that it has taken so far. Raises OSError when it
@@ -56,13 +57,16 @@ def run(
     """
     started = time.monotonic()
     limit_sec = float("inf") if timeout_sec is None else timeout_sec
-    with subprocess.Popen(
-        argv,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={**ENVIRONMENT, **(environment or {})},
-    ) as child:
+    with (
+        _given(typed) as given,
+        subprocess.Popen(
+            argv,
+            stdin=given,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**ENVIRONMENT, **(environment or {})},
+        ) as child,
+    ):
         try:
             while True:
                 left_sec = limit_sec - (time.monotonic() - started)
@@ -83,6 +87,20 @@ def run(
             raise
     status = child.returncode if child.returncode >= 0 else 128 - child.returncode
     return Finished(status=status, output=output[-MAX_OUTPUT_BYTES:].decode("utf-8", "replace"))
+
+
+@contextlib.contextmanager
+def _given(typed: bytes) -> Iterator[int]:
+    """Give what a program is to read as its standard input: in memory, because a pipe may fill."""
+    if not typed:
+        yield subprocess.DEVNULL
+        return
+    descriptor = os.memfd_create("input", os.MFD_CLOEXEC)
+    try:
+        os.pwrite(descriptor, typed, 0)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 class Child:
@@ -191,22 +209,18 @@ def run_apart(
 def _start_apart(
     argv: Sequence[str], tail: _Tail, environment: Mapping[str, str] | None, typed: bytes
 ) -> subprocess.Popen[bytes]:
-    given = os.memfd_create("input", os.MFD_CLOEXEC) if typed else -1
     try:
-        if typed:
-            os.pwrite(given, typed, 0)
-        return subprocess.Popen(
-            argv,
-            stdin=given if typed else subprocess.DEVNULL,
-            stdout=tail.write,
-            stderr=subprocess.STDOUT,
-            env={**ENVIRONMENT, **(environment or {})},
-            start_new_session=True,
-        )
+        with _given(typed) as given:
+            return subprocess.Popen(
+                argv,
+                stdin=given,
+                stdout=tail.write,
+                stderr=subprocess.STDOUT,
+                env={**ENVIRONMENT, **(environment or {})},
+                start_new_session=True,
+            )
     finally:
         os.close(tail.write)
-        if typed:
-            os.close(given)
 
 
 def _every(

@@ -1,4 +1,4 @@
-"""Makes disks with a partition table and file systems in sparse files, without mounting anything.
+"""Makes disks in sparse files, the way `immucore install` does, without mounting anything.
 
 A test says what differs from an ordinary cOS disk, and gets a disk of its own in tenths of a second:
 
@@ -20,9 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import derivative
-from derivative import CACHE, EXT4, cached, digest, run
+from derivative import CACHE, cached, digest
 
-MIB = 2**20
+from immucore.system import filesystems, images
+from immucore.system import partitions as table
+from immucore.system.partitions import MIB
+
 Content = Path | str | bytes
 
 
@@ -114,33 +117,34 @@ def plain_disk(suite: str = "bookworm") -> Disk:
 def make_disk(path: Path | None, suite: str, partitions: Collection[Partition]) -> Disk:
     """Make a disk with these partitions at `path`, or in the cache."""
     partitions = tuple(partitions)
-    offsets = {}
-    end = MIB
-    for partition in partitions:
-        offsets[partition.name] = end
-        end += size_mib(partition) * MIB
-    table = "label: gpt\nunit: sectors\n" + "".join(
-        f"start={offsets[partition.name] // 512}, size={size_mib(partition) * 2048}, name={partition.name}, "
-        f"uuid={partition.partuuid}, type={'uefi' if partition.fstype == 'vfat' else 'linux'}\n"
-        for partition in partitions
-    )
+    layout = table.placed(entry(partition) for partition in partitions)
 
     def make(target: Path) -> None:
         with target.open("wb") as stream:
-            stream.truncate(end + MIB)  # GPT's second copy
-        run("sfdisk", "--quiet", target, input=table)
-        for partition in partitions:
-            write_partition(target, partition, offsets[partition.name])
+            stream.truncate((table.end_mib(layout) + table.TABLE_MIB) * MIB)
+        for partition, place in zip(partitions, layout, strict=True):
+            write_partition(target, partition, place.offset_bytes)
+        table.write(str(target), layout)
 
     if path is None:
-        key = digest(table, *(content_key(partition) for partition in partitions), derivative.CODE, CODE)
+        key = digest(
+            table.table(layout), *(content_key(partition) for partition in partitions), derivative.CODE, CODE
+        )
         path = cached(f"{suite}-disk{len(partitions)}", key, make)
     else:
         make(path)
-    return Disk(path, suite, partitions, offsets)
+    return Disk(path, suite, partitions, {place.name: place.offset_bytes for place in layout})
 
 
-CODE = digest(Path(__file__))
+CODE = digest(Path(__file__), Path(table.__file__), Path(filesystems.__file__), Path(images.__file__))
+
+
+def entry(partition: Partition) -> table.Partition:
+    """Return a partition as the table has it."""
+    kind = table.EFI if partition.fstype == "vfat" else table.LINUX
+    return table.Partition(
+        name=partition.name, size_mib=size_mib(partition), type=kind, uuid=partition.partuuid
+    )
 
 
 def size_mib(partition: Partition) -> int:
@@ -179,11 +183,9 @@ def write_partition(disk: Path, partition: Partition, offset: int) -> None:
     elif partition.fstype == "ext4":
         mke2fs(disk, partition, offset)
     elif partition.fstype == "vfat":
-        blocks = size_mib(partition) * 1024
-        run("mkfs.vfat", "-F", "16", "-n", partition.label, f"--offset={offset // 512}", disk, str(blocks))
         with staged(partition.files) as directory:
-            if partition.files:
-                run("mcopy", "-s", "-i", f"{disk}@@{offset}", *Path(directory).iterdir(), "::")
+            where = {"size_mib": size_mib(partition), "offset_bytes": offset, "directory": directory}
+            filesystems.vfat(str(disk), label=partition.label, **where)
 
 
 def shared(partition: Partition) -> bool:
@@ -194,26 +196,9 @@ def shared(partition: Partition) -> bool:
 
 def mke2fs(target: Path, partition: Partition, offset: int = 0) -> None:
     """Make an ext4 file system with a partition's files."""
-    # A variable-length -E: one option, or the second one replaces the first.
-    extended = f"lazy_itable_init=0,lazy_journal_init=0,nodiscard,root_owner=0:0,offset={offset}"
     with staged(partition.files) as directory:
-        run(
-            *(
-                "mke2fs",
-                "-q",
-                "-F",
-                *EXT4,
-                "-E",
-                extended,
-                "-m",
-                "0",
-                "-L",
-                partition.label,
-                "-U",
-                partition.uuid,
-            ),
-            *("-d", directory, target, f"{size_mib(partition)}M"),
-        )
+        where = {"size_mib": size_mib(partition), "offset_bytes": offset, "directory": directory}
+        filesystems.ext4(str(target), label=partition.label, uuid=partition.uuid, **where)
 
 
 def staged(files: Mapping[str, Content]) -> tempfile.TemporaryDirectory[str]:

@@ -30,7 +30,29 @@ SIZES_MIB = {"efi": 16, "oem": 16, "recovery": 640, "state": 1024}
 PERSISTENT_MIB = 64
 # The menu waits for nobody; after a panic the machine restarts at once.
 ENVIRONMENT = {"timeout": "0", "extra_cmdline": "panic=1 rd.cos.onfail=reboot rd.cos.debug"}
-HEALTH = {"etc/immucore/health.yaml": "deadline: 240\n"}
+# Every image can fail in these ways, when the kernel's command line says so: FAULT.
+FAULT = "vm-test.fault"
+FILES = {
+    "etc/immucore/health.yaml": "deadline: 300\n",
+    "etc/immucore/checks.d/database": (
+        f"#!/bin/sh\ngrep -q {FAULT}=unhealthy /proc/cmdline || exit 0\n"
+        "echo the database is not there\nexit 1\n"
+    ),
+    "etc/systemd/system/boot-complete.target.requires/stuck.service": (
+        f"[Unit]\nConditionKernelCommandLine={FAULT}=stuck\nBefore=boot-complete.target\n"
+        "[Service]\nType=oneshot\nTimeoutStartSec=infinity\nExecStart=/bin/sleep infinity\n"
+    ),
+    "etc/systemd/system/multi-user.target.wants/crash.service": (
+        f"[Unit]\nConditionKernelCommandLine={FAULT}=crash\n[Service]\nExecStart=/bin/kill -SEGV 1\n"
+    ),
+}
+# Who waits for a failing boot waits for its deadline.
+IMPATIENT = f"""\
+stages:
+  initramfs:
+    - if: grep -q {FAULT} /proc/cmdline
+      files: [{{path: /etc/immucore/health.yaml, content: "deadline: 45"}}]
+"""
 
 # Commands in the machine.
 STATUS = "immucore boot status --json"
@@ -39,7 +61,7 @@ JUDGED = "timeout 120 sh -c 'until grep -q ^good_ /oem/grubenv; do sleep 0.2; do
 
 def tree(name: str = "first", files: Mapping[str, str] | None = None, more: str = "") -> Path:
     """Return what an image is made of; see derivative.bootable_tree."""
-    return derivative.bootable_tree(SUITE, name, {**HEALTH, **(files or {})}, more)
+    return derivative.bootable_tree(SUITE, name, {**FILES, **(files or {})}, more)
 
 
 def source(name: str, files: Mapping[str, str] | None = None, more: str = "") -> Extra:
@@ -78,10 +100,18 @@ def disk() -> Disk:
     def make(target: Path) -> None:
         run(PROGRAM, *words, "--target", target, f"dir:{content}")
         with mounted(described(target), "oem") as root:
-            file = root / "grubenv"
-            file.write_bytes(grubenv.render({**grubenv.parse(file.read_bytes()), **ENVIRONMENT}))
+            (root / "impatient.yaml").write_text(IMPATIENT)
+            set_environment(root, **ENVIRONMENT)
 
     return described(cached("installed", digest(content.name, PROGRAM.parent, repr(words), CODE), make))
+
+
+def set_environment(oem: Path, tries: int = 3, **values: str) -> None:
+    """Change variables of GRUB's environment block, and how many boots the images have left."""
+    file = oem / "grubenv"
+    known = grubenv.parse(file.read_bytes())
+    known |= {name: str(tries) for name in known if name.startswith("tries_")}
+    file.write_bytes(grubenv.render({**known, **values}))
 
 
 def described(path: Path) -> Disk:

@@ -11,12 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import derivative
 import installed
 import pytest
 from installed import JUDGED, STATUS, upgrade
+from machine import Guest
 from report import Report
 
 LIMIT_S = 240.0
+STEPS = 12  # of an upgrade
+HOLDER = "/run/initramfs/cos-state"
 EFI = pytest.mark.parametrize("efi", [True], ids=["efi"])
 BOTH = pytest.mark.parametrize("efi", [True, False], ids=["efi", "bios"])
 NOTICE = "cat /run/motd.d/* 2>/dev/null"
@@ -122,30 +126,93 @@ def test_environment_is_lost(work: Path, damage: Callable[[Path], None]) -> None
     assert states(report)["active"] == "good"
 
 
-BAD: dict[str, dict[str, Any]] = {
-    "panics": {"more": "rdinit=/none"},
-    "initramfs": {"files": {"boot/initrd": "no archive"}},
-    "unhealthy": {
-        "files": {
-            "etc/immucore/health.yaml": "deadline: 45\n",
-            "etc/immucore/checks.d/never": "#!/bin/sh\necho 'the database is not there'\nexit 1\n",
-        }
-    },
-    "hangs": {
-        "files": {
-            "etc/immucore/health.yaml": "deadline: 45\n",
-            "etc/systemd/system/boot-complete.target.requires/stuck.service": (
-                "[Unit]\nBefore=boot-complete.target\n"
-                "[Service]\nType=oneshot\nExecStart=/bin/sleep infinity\n"
-            ),
-        }
-    },
-}
+@pytest.mark.parametrize(
+    ("fault", "starts", "told"),
+    [
+        ("unhealthy", 1, "the database is not there"),
+        ("stuck", 1, "boot-complete.target"),
+    ],
+)
+def test_no_verdict(work: Path, fault: str, starts: int, told: str) -> None:
+    """A boot that comes to no good end is one try; here it is the last one."""
+    faulty = {"extra_active_cmdline": f"{installed.FAULT}={fault}"}
+    own = installed.changed(
+        work, "oem", lambda root: installed.set_environment(root, tries=starts, **faulty)
+    )
+    machine = installed.machine(work, efi=False, own=own)
+
+    report = machine.boot(limit_s=2 * LIMIT_S, commands=(JUDGED, STATUS, NOTICE))
+
+    came_up(report, "passive", wanted=False)
+    assert states(report) == {"active": "bad", "passive": "good"}
+    assert told in report.console
+
+
+def test_a_broken_initramfs(work: Path) -> None:
+    """The kernel panics, three times, and a fallback is no reason to try it once more."""
+
+    def damage(root: Path) -> None:
+        derivative.write_file(root / "cOS/active.img", "boot/initrd", "no archive")
+
+    machine = installed.machine(work, efi=True, own=installed.changed(work, "state", damage))
+
+    report = machine.boot(limit_s=2 * LIMIT_S, commands=(JUDGED, STATUS, NOTICE))
+    again = machine.boot(limit_s=LIMIT_S, commands=(STATUS, NOTICE))
+
+    came_up(report, "passive", wanted=False)
+    assert report.console.count("Kernel panic") == 3
+    came_up(again, "passive", wanted=False)
+    assert "Kernel panic" not in again.console
+
+
+FULL = f"""\
+mount -o remount,rw {HOLDER} && cd {HOLDER}
+fallocate -l $(($(stat -f -c '%a*%S' .) - (50 << 20))) filler && ls -l cOS
+{upgrade("second")}
+"""
+EMPTY = f"cd {HOLDER} && rm filler && ls cOS && cd / && mount -o remount,ro {HOLDER}"
+EMPTIED = "echo the filler has gone >/dev/console"
+
+
+def test_power_cut_at_every_step_of_an_upgrade(work: Path) -> None:
+    """Wherever the power goes, the old image or the new one boots, and the other one is there as well.
+
+    Before that the partition is full: nothing is changed by an upgrade that has no room.
+    """
+    source = installed.source("second")
+    upgraded = installed.machine(work, efi=True, sources=(source,))
+    cuts: dict[int, Path] = {}
+
+    def cut(number: int) -> Callable[[Guest], None]:
+        return lambda guest: cuts.update({number: guest.copy(upgraded.work / "disk0.qcow2", number)})
+
+    report = upgraded.boot(
+        limit_s=2 * LIMIT_S,
+        commands=(JUDGED, FULL, EMPTY, EMPTIED, upgrade("second")),
+        when=[
+            (rf"(?s)the filler has gone.*step {number} of {STEPS}", cut(number))
+            for number in range(1, STEPS + 1)
+        ],
+    )
+    came_up(report, "active")
+    assert report.commands[FULL].status != 0
+    assert "MiB" in report.commands[FULL].output
+    assert report.output(EMPTY).splitlines() == ["active.img", "passive.img"]
+    report.output(upgrade("second"))
+    assert sorted(cuts) == [*range(1, STEPS + 1)]
+
+    for number, copy in cuts.items():
+        machine = installed.machine(work, efi=True, sources=(source,))
+        copy.rename(machine.work / "disk0.qcow2")
+        after = machine.boot(limit_s=LIMIT_S, commands=(JUDGED, STATUS, NOTICE))
+        came_up(after, "active", "second" if number == STEPS else "first")
+        assert states(after) == {"active": "good", "passive": "good" if number == STEPS else "trying"}
+        derivative.remove(machine.work)
 
 
 def test_a_bad_upgrade_is_left_and_not_taken_again(work: Path) -> None:
     """Three tries, passive, the refusal, an upgrade from passive, a good one, and the way back."""
-    bad, good = installed.source("panics", **BAD["panics"]), installed.source("second")
+    bad, good = installed.source("panics", more="rdinit=/none"), installed.source("second")
     machine = installed.machine(work, efi=True, sources=(bad, good))
 
     first = machine.boot(limit_s=2 * LIMIT_S, commands=(JUDGED, STATUS, upgrade("panics")))

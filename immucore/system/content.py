@@ -97,7 +97,7 @@ def _compared(tree: str, exact: bool) -> Iterator[tuple[str, Entry | None]]:
         if exact:
             yield path, entry.replace(flags=0)  # chattr(1): an image has none
         elif entry.kind in ("file", "directory", "symlink"):
-            mode = entry.mode if entry.kind == "file" else 0
+            mode = entry.mode & 0o777 if entry.kind == "file" else 0
             yield path, entry.replace(flags=0, link="", uid=0, gid=0, xattrs=(), mode=mode)
 
 

@@ -89,7 +89,7 @@ def _reset(arguments: argparse.Namespace) -> int:
     from immucore.system import booted, reset, stopping
 
     configured = settings.read()
-    _check(configured)
+    check(configured)
     console, restart = _begin(arguments, arguments.reboot, configured)
     with booted.at_work("reset") as here, stopping.stoppable("recovery is as it was, do it again"):
         fstype = configured.get("filesystem", "")
@@ -119,7 +119,8 @@ _KEYS: dict[str, type] = {
 }
 
 
-def _check(configured: dict[str, Any]) -> None:
+def check(configured: dict[str, Any]) -> None:
+    """Look whether what upgrade.yaml says of images can be so. Raises CmdlineError."""
     for key, kind in _KEYS.items():
         if key in configured and not isinstance(configured[key], kind):
             what = "true or false" if kind is bool else "a text"
@@ -128,7 +129,7 @@ def _check(configured: dict[str, Any]) -> None:
 
 def wished(arguments: argparse.Namespace, configured: dict[str, Any]) -> Wishes:
     """Put together what was typed and what upgrade.yaml says. Raises CmdlineError."""
-    _check(configured)
+    check(configured)
     key = "recovery-source" if arguments.recovery else "source"
     source = arguments.source or configured.get(key) or configured.get("source")
     if not source:

@@ -203,13 +203,18 @@ def verify(image: str, tree: str, advance: Advance = silent) -> None:
 @contextlib.contextmanager
 def _opened(image: str, fstype: str) -> Iterator[tuple[str, bool]]:
     """Give the files of an image, and whether they are all that they are: only root can mount it."""
-    if os.geteuid() == 0 and FAKEROOT not in os.environ:
+    if is_root():
         with mounted(image, fstype) as there:
             yield there, True
         return
     with tempfile.TemporaryDirectory(prefix=f"{image}.") as work:
         unpack(image, fstype, f"{work}/tree")
         yield f"{work}/tree", False
+
+
+def is_root() -> bool:
+    """Tell whether this is root for the kernel too, and not only for the C library."""
+    return os.geteuid() == 0 and FAKEROOT not in os.environ
 
 
 @contextlib.contextmanager

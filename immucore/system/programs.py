@@ -11,7 +11,7 @@ from immucore.system import stopping
 from immucore.system.errors import ImageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     Advance = Callable[[int, int], None]  # how much is done, of how much; 0: nobody knows
 
@@ -21,11 +21,17 @@ _FAKEROOT = (FAKEROOT, "LD_PRELOAD", "FAKED_MODE")
 _TOGETHER = ("setpriv", "--pdeathsig", "KILL", "--")
 _LINES = 3  # of what a program has said, the last ones
 _PACKAGES = {
-    "mke2fs": "e2fsprogs",
-    "e2fsck": "e2fsprogs",
     "debugfs": "e2fsprogs",
+    "e2fsck": "e2fsprogs",
+    "grub-mkimage": "grub-common",
+    "mcopy": "mtools",
+    "mke2fs": "e2fsprogs",
+    "mkfs.vfat": "dosfstools",
     "mksquashfs": "squashfs-tools",
+    "partx": "util-linux",
+    "sfdisk": "fdisk",
     "unsquashfs": "squashfs-tools",
+    "wipefs": "util-linux",
 }
 
 
@@ -41,6 +47,7 @@ def run(
     advance: Advance = silent,
     total_bytes: int = 0,
     good: Sequence[int] = (0,),
+    typed: str = "",
     environment: Mapping[str, str] | None = None,
 ) -> str:
     """Run a program, and return what it said; `total_bytes` is what it will have read at its end.
@@ -58,6 +65,7 @@ def run(
 
     done = process.run(
         [*_TOGETHER, *argv] if process.find(_TOGETHER[0]) else argv,
+        typed=typed.encode(),
         environment={**_surroundings(), **(environment or {})},
         meanwhile=meanwhile,
         every_sec=TELL_SEC,
@@ -68,6 +76,16 @@ def run(
         reason = printable("; ".join(said)) or f"{argv[0]} ended with status {done.status}"
         raise ImageError(f"{failure}: {reason}", hint=hint)
     return done.output
+
+
+def require(names: Iterable[str], failure: str) -> None:
+    """See to it, before anything is done, that programs are installed. Raises ImageError."""
+    missing = [name for name in names if process.find(name) is None]
+    if missing:
+        packages = sorted({_PACKAGES.get(name, name) for name in missing})
+        raise ImageError(
+            f"{failure}: there is no {', '.join(missing)}", hint=f"install {' '.join(packages)}"
+        )
 
 
 def _surroundings() -> dict[str, str]:

@@ -81,11 +81,13 @@ def kept(active: Slot, passive: Slot) -> str:
     """Say which of two images is still there after an upgrade, as passive.
 
     One that was judged good before one that was not, then the one that runs, then passive: so an active that
-    works becomes passive, and what somebody has fallen back to stays.
+    works becomes passive, and what somebody has fallen back to stays. What runs may have lost its tries to
+    power cuts, and counts as bad; of another one that is not good nobody knows whether it ever ran.
     """
 
-    def rank(slot: Slot) -> tuple[bool, int, bool, bool]:
-        return slot.whole, _RANKS.index(slot.state), slot.running, slot.name == PASSIVE
+    def rank(slot: Slot) -> tuple[bool, bool, bool, int, bool]:
+        good = slot.state == GOOD
+        return slot.whole, good, slot.running, _RANKS.index(slot.state), slot.name == PASSIVE
 
     return max(active, passive, key=rank).name
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from immucore import files, superblock
 from immucore.errors import CmdlineError
-from immucore.system import content, images
+from immucore.system import content, fakeroot, images
 from immucore.system.errors import ImageError
 from immucore.system.oci import Options, Registry
 from immucore.system.programs import FAKEROOT, run, silent
@@ -91,6 +91,8 @@ class Archive(_Local):
         argv += ["--xattrs", "--xattrs-include=*", "--sparse", "--delay-directory-restore"]
         argv += ["--directory", directory, "--file", self.path]
         run(argv, self._failure, hint=_FULL, advance=advance, total_bytes=self.needs_bytes)
+        if FAKEROOT in os.environ:
+            fakeroot.mend(directory)
 
 
 class ImageFile(_Local):
@@ -105,11 +107,16 @@ class ImageFile(_Local):
         self._fstype = found.fstype
         if not found.fstype:
             raise ImageError(f"cannot read '{self.path}': it holds no file system that is known", hint=_HINT)
+        if found.fstype != images.SQUASHFS and not images.is_root():
+            raise ImageError(
+                f"cannot unpack '{self.text}': only root can read all that {found.fstype} has of a file",
+                hint="run it as root; a squashfs or an archive of tar needs none",
+            )
         self.needs_bytes = found.claimed_bytes
 
     def _unpack(self, directory: str, advance: Advance) -> None:
         self.look()
-        if self._fstype == images.SQUASHFS or os.geteuid() or FAKEROOT in os.environ:
+        if self._fstype == images.SQUASHFS:
             images.unpack(self.path, self._fstype, directory)
             return
         with images.mounted(self.path, self._fstype) as there:
