@@ -121,8 +121,12 @@ class Room(Record):
 
 
 def room(tree: str) -> Room:
-    """Measure a tree. Holes take no room, several names of a file take it once. Raises OSError."""
+    """Measure a tree, without what is mounted in it. Raises OSError.
+
+    Holes take no room, several names of a file take it once.
+    """
     blocks = inodes = 0
+    device = os.stat(tree).st_dev
     seen: set[tuple[int, int]] = set()
     pending = [tree]
     while pending:
@@ -133,7 +137,8 @@ def room(tree: str) -> Room:
                 names_bytes += _DIRECTORY_ENTRY_BYTES + -(-len(os.fsencode(entry.name)) // 4) * 4
                 status = entry.stat(follow_symlinks=False)
                 if stat.S_ISDIR(status.st_mode):
-                    pending.append(entry.path)
+                    if status.st_dev == device:
+                        pending.append(entry.path)
                     continue
                 if status.st_nlink > 1:
                     if (status.st_dev, status.st_ino) in seen:

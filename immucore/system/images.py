@@ -7,9 +7,12 @@ system is ext4 without what GRUB does not know, or squashfs compressed with gzip
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import re
 import secrets
+import struct
 import tempfile
 from typing import TYPE_CHECKING
 
@@ -37,6 +40,10 @@ _LINE = re.compile(r"^set image_id=([0-9a-f]{16}_[0-9a-f]{8})\s*$", re.MULTILINE
 _IDENTITY_SEC = 60.0
 _GROUP_BLOCKS, _INODES_IN_BLOCK = 8 * BLOCK_BYTES, BLOCK_BYTES // 256
 _SLACK_BLOCKS = 1024  # 4 MiB, for what is rounded up
+# linux/fiemap.h: start, length, flags, mapped, count; start, length, flags of each; ioctl() takes 1024 bytes
+_FIEMAP, _EXTENT, _EXTENTS = struct.Struct("=QQIII4x"), struct.Struct("=Q8xQ16xI12x"), 17
+_FS_IOC_FIEMAP, _FIEMAP_SYNC, _UNWRITTEN = 0xC020660B, 1, 0x800
+_ZEROS = bytes(1 << 20)
 _FULL = "free space on the file system that is to hold it"
 
 
@@ -166,6 +173,38 @@ def _build_ext4(tree: str, target: str, label: str, room: content.Room, advance:
     argv += ["-m", "0", "-N", str(inodes), "-L", label, "-E", "nodiscard,lazy_itable_init=0", "-d", tree]
     failure = f"cannot make a file system of '{tree}' in '{target}'"
     run([*argv, target], failure, advance=advance, total_bytes=room.bytes)
+    _fill(target)
+
+
+def _fill(target: str) -> None:
+    """Write zeros where nothing was written: GRUB 2.06 takes allocated blocks for what is on the disk."""
+    descriptor = os.open(target, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        for start, end in _unwritten(descriptor):
+            for place in range(start, end, len(_ZEROS)):
+                os.pwrite(descriptor, _ZEROS[: end - place], place)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOTTY):  # a tmpfs, which GRUB does not read
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _unwritten(descriptor: int) -> list[tuple[int, int]]:
+    """List what of a file is allocated and was never written (fiemap.rst); lseek(2) would ask the cache."""
+    found, position, size_bytes = [], 0, os.fstat(descriptor).st_size
+    while position < size_bytes:
+        asked = _FIEMAP.pack(position, size_bytes - position, _FIEMAP_SYNC, 0, _EXTENTS)
+        answer = fcntl.ioctl(descriptor, _FS_IOC_FIEMAP, asked + bytes(_EXTENT.size * _EXTENTS))
+        mapped = _FIEMAP.unpack_from(answer)[3]
+        if not mapped:
+            break
+        for number in range(mapped):
+            start, length, flags = _EXTENT.unpack_from(answer, _FIEMAP.size + number * _EXTENT.size)
+            position = start + length
+            if flags & _UNWRITTEN:
+                found.append((start, min(position, size_bytes)))
+    return found
 
 
 def _build_squashfs(tree: str, target: str, room: content.Room, advance: Advance) -> None:

@@ -15,7 +15,9 @@ runs: a file system with a file that is open and has no name cannot be made read
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import struct
 from typing import TYPE_CHECKING
 
 from immucore import bootcount, files, superblock, syscalls
@@ -37,6 +39,7 @@ TRANSITION, SPARE = "transition.img", "spare.img"  # work: whatever has these na
 PREVIOUS = "previous.img"  # and this, once it does not run any more
 WORK = "work."  # what the names of work directories begin with
 SAVED_ENTRY, TRIES_PREFIX = "saved_entry", "tries_"
+_EXT4_IOC_CHECKPOINT = 0x4004662B  # linux/Documentation/admin-guide/ext4.rst
 _RANKS = (BAD, TRYING, GOOD)
 
 
@@ -106,7 +109,7 @@ def commit(directory: str, keep: str) -> None:
     if keep == ACTIVE:
         os.link(active, spare)
         _place(spare, passive)
-        files.fsync(directory)
+        _settle(directory)
     try:
         _place(os.path.join(directory, TRANSITION), active)
     except OSError:
@@ -115,7 +118,21 @@ def commit(directory: str, keep: str) -> None:
                 syscalls.exchange(spare, passive)
             os.unlink(spare if os.path.lexists(spare) else passive)
         raise
-    files.fsync(directory)
+    _settle(directory)
+
+
+def _settle(directory: str) -> None:
+    """Have the disk as it is now: GRUB replays no journal, and would boot what was there before.
+
+    Until then no block may be used anew that it would still read (clean()).
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+        with contextlib.suppress(OSError):  # no ext4, or a kernel before 5.14: being made read-only does it
+            fcntl.ioctl(descriptor, _EXT4_IOC_CHECKPOINT, struct.pack("=I", 0))
+    finally:
+        os.close(descriptor)
 
 
 def _place(new: str, place: str) -> None:
@@ -133,7 +150,7 @@ def swap(directory: str) -> None:
         syscalls.exchange(active, passive)
     else:
         os.link(passive, active)
-    files.fsync(directory)
+    _settle(directory)
 
 
 def replace(directory: str, slot: str) -> None:
@@ -142,7 +159,7 @@ def replace(directory: str, slot: str) -> None:
     if slot == RECOVERY:
         with contextlib.suppress(FileNotFoundError):
             os.rename(os.path.join(directory, EARLIER_RECOVERY), os.path.join(directory, SPARE))
-    files.fsync(directory)
+    _settle(directory)
 
 
 def clean(directory: str, running: int) -> None:

@@ -79,11 +79,11 @@ class Directory(_Local):
 
 def _copy_labels(source: str, target: str) -> None:
     """Give a copy the SELinux labels that cp(1) copies only where a policy is loaded."""
-    for path, _directories, names in os.walk(target):
+    for path, directories, names in os.walk(target):
         stopping.point()
         there = source + path.removeprefix(target)
         files.copy_label(there, path)
-        for name in names:
+        for name in (*directories, *names):  # a symlink to a directory is one of the former
             files.copy_label(f"{there}/{name}", f"{path}/{name}")
 
 

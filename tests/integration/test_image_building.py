@@ -104,6 +104,28 @@ def test_an_ext4_is_one_that_grub_reads_and_no_hole_is_in_it(tree: Path) -> None
     assert status.st_blocks * 512 >= status.st_size == superblock.claimed_bytes(str(image))
 
 
+@pytest.mark.parametrize("fstype", FSTYPES)
+@isolated(user=False)
+def test_grub_reads_of_an_image_what_the_kernel_does(tmp_path: Path, fstype: str) -> None:
+    """On a partition that had other data before: GRUB 2.06 takes what is allocated for what is written."""
+    disk, mounted = tmp_path / "disk", tmp_path / "mounted"
+    disk.write_bytes(random.Random(1).randbytes(48 << 20))  # noqa: S311
+    native.command("mke2fs", "-q", "-F", "-t", "ext4", "-E", "nodiscard", "-O", "^metadata_csum_seed", disk)
+    mounted.mkdir()
+    native.command("mount", "-o", "loop", disk, mounted)
+    tree = without_acls(upgrading.make_tree(tmp_path / "tree", "one"))
+    (tree / "boot/initrd").write_bytes(b"070701" + bytes(300_000) + b"an initramfs" + bytes(300_000))
+    image = mounted / "image"
+    upgrading.build(tree, image, "active", fstype)
+    by_kernel = image.read_bytes()
+    native.command("umount", mounted)
+    native.command("sync", disk)
+    native.command("grub-fstest", disk, "cp", "(loop0)/image", tmp_path / "by grub")
+    assert (tmp_path / "by grub").read_bytes() == by_kernel
+    native.command("grub-fstest", tmp_path / "by grub", "cp", "(loop0)/boot/initrd", tmp_path / "initrd")
+    assert (tmp_path / "initrd").read_bytes() == (tree / "boot/initrd").read_bytes()
+
+
 def test_a_squashfs_is_compressed_as_grub_reads_it(tree: Path) -> None:
     said = native.command("unsquashfs", "-stat", build(without_acls(tree), "squashfs"))
     assert "Compression gzip" in said

@@ -12,7 +12,7 @@ from pathlib import Path
 import native
 import pytest
 
-from immucore import syscalls
+from immucore import files, syscalls
 from immucore.bootcount import ACTIVE, PASSIVE
 from immucore.system import slots
 
@@ -132,6 +132,29 @@ def test_a_commit_that_the_kernel_refuses_has_changed_nothing(
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         slots.commit(str(directory), keep)
     assert found(directory) == start
+
+
+@native.isolated(user=False)
+def test_grub_sees_at_once_what_was_committed(tmp_path: Path) -> None:
+    """It replays no journal: what stands only there, a power cut would take back for it."""
+    disk, mounted = tmp_path / "disk", tmp_path / "mounted"
+    mounted.mkdir()
+    native.command("truncate", "-s", "32M", disk)
+    native.command("mke2fs", "-q", "-t", "ext4", "-O", "^metadata_csum_seed", disk)
+    native.command("mount", "-o", "loop", disk, mounted)
+    directory = put(mounted / "cOS", {name: START[name] for name in START if name != "transition.img"})
+    native.command("mount", "-o", "remount,ro", mounted)
+    native.command("mount", "-o", "remount,rw", mounted)
+    (directory / "transition.img").write_text("N")
+    files.fsync(str(directory / "transition.img"))
+    for act, active, passive in (
+        (lambda: slots.commit(str(directory), ACTIVE), "N", "A"),
+        (lambda: slots.swap(str(directory)), "A", "N"),
+    ):
+        act()
+        for name, content in (("active", active), ("passive", passive)):
+            seen = native.command("grub-fstest", disk, "cat", f"(loop0)/cOS/{name}.img")
+            assert seen == content
 
 
 @native.isolated(user=False)
