@@ -77,11 +77,13 @@ class Supervisor:
         return bootcount.forgotten(values, ids) if ids else values
 
     def _slots(self, values: dict[str, str]) -> dict[str, slots.Slot]:
-        """Look at the slots where their partition is mounted anyway."""
-        if self._state.mode not in COUNTED:
-            return {}
+        """Look at the slots where their partition is mounted anyway, and where that is possible."""
+        found: dict[str, slots.Slot] = {}
         directory = f"{booted.HOLDER}/{slots.DIRECTORY}"
-        return slots.survey(directory, values, running=0)  # which of them that is does not matter here
+        if self._state.mode in COUNTED:
+            # Which of them runs does not matter here.
+            self._try(lambda: found.update(slots.survey(directory, values, running=0)))
+        return found
 
     def _greet(self, *, console: bool = False) -> None:
         values = self._state.environment.read()
