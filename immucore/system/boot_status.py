@@ -75,9 +75,10 @@ def _images(top: str, label: str, here: Booted, values: Mapping[str, str]) -> It
         name = next((name for name in names if slots.whole(os.path.join(directory, name))), "")
         yield _image(RECOVERY, directory, name, state, values).replace(running=here.mode == RECOVERY)
         return
-    for slot, found in slots.survey(directory, values, here.running(label)).items():
-        name = slots.FILES[slot] if found.whole else ""
-        yield _image(slot, directory, name, state, values).replace(running=found.running)
+    running = slots.survey(directory, values, here.running(label))
+    for slot in COUNTED:
+        name = slots.FILES[slot] if running[slot].whole else ""
+        yield _image(slot, directory, name, state, values).replace(running=running[slot].running)
 
 
 def _image(

@@ -81,8 +81,7 @@ class Supervisor:
         found: dict[str, slots.Slot] = {}
         directory = f"{booted.HOLDER}/{slots.DIRECTORY}"
         if self._state.mode in COUNTED:
-            # Which of them runs does not matter here.
-            self._try(lambda: found.update(slots.survey(directory, values, running=0)))
+            self._try(lambda: found.update(slots.survey(directory, values)))
         return found
 
     def _greet(self, *, console: bool = False) -> None:

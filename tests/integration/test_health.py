@@ -54,7 +54,7 @@ class Judged(Upgradable):
         if damaged:
             with machine.partition("state") as path:
                 os.truncate(path / f"cOS/{damaged}.img", 1 << 20)
-        self.machine, self.slot, self.program = machine, slot, program
+        self.machine, self.slot, self._program = machine, slot, program
         booted = machine.boot(f"{upgrading.COMMANDS[slot]} {words}")
         assert booted.status == 0, booted.stderr
         self.ids = self.images()
@@ -92,7 +92,7 @@ class Judged(Upgradable):
 
     def judge(self, *, until: str = "") -> str:
         """Run the service to its end, or until it has said something; returns all that it has said."""
-        words = self.machine.inside(*self.program, "boot", "verdict")
+        words = self.machine.inside(*self._program, "boot", "verdict")
         environment = {**upgrading.ENVIRONMENT, "JOURNAL_STREAM": "8:1"}
         service = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment)
         assert service.stderr
