@@ -134,9 +134,9 @@ class Supervisor:
     def _tell(self, reasons: list[str]) -> None:
         if reasons != self._reasons:
             self._reasons = reasons
+            self._try(lambda: health_notice.write(health_notice.WAITING, reasons))
             for reason in reasons:
                 self._log.info(f"not healthy yet: {reason}")
-            self._try(lambda: health_notice.write(health_notice.WAITING, reasons))
 
     def _is_over(self) -> bool:
         """Say once that the deadline has passed; whether the machine is to be restarted for that."""
