@@ -1,7 +1,7 @@
 """`immucore reset`: active and passive made anew of the recovery image, from which the machine has to run.
 
-COS_STATE is not formatted. One slot after the other gets its new image in one step, and recovery is not
-touched: whenever this is cut off, the machine boots, and it can be done once more.
+COS_STATE keeps its file system, if it has one. One slot after the other gets its new image in one step, and
+recovery is not touched: whenever this is cut off, the machine boots, and it can be done once more.
 """
 
 from __future__ import annotations
@@ -13,19 +13,21 @@ from typing import TYPE_CHECKING
 
 from immucore import files
 from immucore.bootcount import ACTIVE, COUNTED, RECOVERY
-from immucore.errors import CmdlineError
-from immucore.system import booted, images, slots, sources, state_file, steps, stopping
+from immucore.errors import AmbiguousError, CmdlineError, DeviceError
+from immucore.system import booted, filesystems, images, slots, sources, state_file, steps, stopping
 from immucore.system.environment import Environment
 from immucore.system.errors import ImageError, told
 from immucore.system.making import Making, fstype_of
 from immucore.system.state_file import Entry
 
 if TYPE_CHECKING:
+    from immucore.devices import Device
     from immucore.system.booted import Booted
     from immucore.system.console import Console
     from immucore.system.programs import Advance
     from immucore.system.steps import Step
 
+_PARTITION = "PARTLABEL=state"  # contract §1
 _KEPT = ("lost+found", "grubenv")  # of COS_OEM: what the boot loader reads and writes
 
 
@@ -64,7 +66,7 @@ class Reset:
     def run(self) -> None:
         """Do it. Raises ImmucoreError."""
         try:
-            with booted.writable(self._here.partition(booted.STATE), "images") as self._top:
+            with booted.writable(self._state(), "images") as self._top:
                 directory = os.path.join(self._top, slots.DIRECTORY)
                 os.makedirs(directory, exist_ok=True)
                 fstype = fstype_of(os.path.join(directory, slots.FILES[ACTIVE]), self._fstype)
@@ -80,6 +82,22 @@ class Reset:
             ) from None
         made = {slot: entry.image_id for slot, entry in self._made.items()}
         self._console.result("active and passive are what recovery is; the next boot boots active", **made)
+
+    def _state(self) -> Device:
+        """Find COS_STATE; where its file system is lost, it gets one: what it holds is made anew anyway."""
+        try:
+            return self._here.partition(booted.STATE)
+        except AmbiguousError:
+            raise
+        except DeviceError:
+            found = self._here.devices.candidates(_PARTITION, near=self._here.holder, home_only=True)
+            if len(found) != 1 or found[0].fstype:
+                raise
+        (lost,) = found
+        with self._console.step(f"making the file system {booted.STATE} on {lost.path}, which has none"):
+            filesystems.ext4(lost.path, label=booted.STATE, size_mib=lost.size_bytes >> 20, lazy=True)
+        made: Device = lost.replace(fstype="ext4", label=booted.STATE)
+        return made
 
     def _source(self) -> sources.Source:
         directory = os.path.join(booted.HOLDER, slots.DIRECTORY)

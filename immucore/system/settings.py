@@ -15,10 +15,11 @@ class SettingsError(ImmucoreError):
     exit_status = 2
 
 
-def read(path: str = PATH) -> dict[str, Any]:
-    """Read the settings; a file that is not there has none. Raises SettingsError."""
+def read(path: str = "") -> dict[str, Any]:
+    """Read the settings of a file, PATH by default; one that is not there has none. Raises SettingsError."""
     import yaml
 
+    path = path or PATH
     try:
         with open(path, encoding="utf-8") as file:
             settings = yaml.safe_load(file)

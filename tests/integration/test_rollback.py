@@ -6,6 +6,7 @@ import os
 import signal
 from pathlib import Path
 
+import native
 import pytest
 import upgrading
 from test_upgrade import bootable, judged, settled, stop_at
@@ -161,6 +162,23 @@ def test_a_reset_without_room(boot: upgrading.Boot) -> None:
     assert "and 1 MiB are free" in ran.stderr
     assert (here.images(), here.values()) == (before, values)
     settled(here)
+
+
+def test_a_reset_of_a_state_partition_that_is_lost(boot: upgrading.Boot) -> None:
+    here = boot("recovery")
+    device = here.machine.part("state")
+    native.command("dd", "if=/dev/zero", f"of={device}", "bs=1M", "count=90", "conv=fsync")
+    said = native.command("blkid", "--probe", "--output", "udev", device)
+    assert "ID_FS_TYPE" not in said
+    here.machine.record(device).write_text("".join(f"E:{line}\n" for line in said.splitlines()))
+    ran = here.run("upgrade", "dir:/nowhere")
+    assert (ran.status, "cannot find a filesystem labelled 'COS_STATE'" in ran.stderr) == (3, True)
+    ran = here.run("reset")
+    assert ran.status == 0, ran.stderr
+    assert f"making the file system COS_STATE on {device}, which has none" in ran.stderr
+    bootable(here)
+    here = boot("active")
+    assert here.machine.path("/sysroot/etc/version").read_text() == "r"
 
 
 def test_a_reset_without_the_partitions(boot: upgrading.Boot) -> None:
