@@ -9,8 +9,6 @@ from __future__ import annotations
 import functools
 import re
 import shutil
-import struct
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,15 +16,10 @@ from pathlib import Path
 from derivative import EXT4, run
 from machine import FIRMWARE, VARIABLES, Action, Guest, drive
 
-CONFIG = Path(__file__).parents[1] / "immucore/system/grub.cfg"
+from immucore.system import bootloader, disks, filesystems, partitions
+from immucore.system.partitions import MIB, Partition
+
 KERNEL = Path(__file__).with_name("guest") / "kernel.s"
-MODULES = (
-    *("configfile", "echo", "eval", "ext2", "fat", "halt", "linux", "loadenv", "loopback", "memdisk"),
-    *("minicmd", "multiboot", "normal", "part_gpt", "reboot", "regexp", "search", "search_label", "serial"),
-    *("sleep", "squash4", "tar", "terminal", "test"),
-)
-FIRMWARE_MODULES = {"i386-pc": ["biosdisk"], "x86_64-efi": ["all_video"]}
-MIB = 2**20
 QEMU = "qemu-system-x86_64 -nodefaults -no-user-config -machine q35 -display none -no-reboot -m 256"
 SIZES_MIB = {"efi": 16, "oem": 4, "recovery": 8, "state": 16}
 LIMIT_S = 60.0
@@ -89,27 +82,19 @@ class Computer:
     def _disk(self) -> Path:
         """Make the disk."""
         disk = self.work / "disk"
-        names = [name for name in ("bios", *SIZES_MIB) if name not in self.without]
         sizes = {"bios": 1, **SIZES_MIB}
-        offsets, end = {}, MIB
-        for name in names:
-            offsets[name] = end
-            end += sizes[name] * MIB
+        layout = partitions.placed(
+            partitions.named(name, size) for name, size in sizes.items() if name not in self.without
+        )
         disk.unlink(missing_ok=True)
         with disk.open("wb") as stream:
-            stream.truncate(end + MIB)
-        types = {"bios": "21686148-6449-6E6F-744E-656564454649", "efi": "uefi"}
-        table = "label: gpt\nunit: sectors\n" + "".join(
-            f"start={offsets[name] // 512}, size={sizes[name] * 2048}, name={name}, "
-            f"type={types.get(name, 'linux')}\n"
-            for name in names
-        )
-        run("sfdisk", "--quiet", disk, input=table)
-        for name in names:
-            if tree := self._tree(name):
-                ext4(disk, tree, f"COS_{name.upper()}", sizes[name], offsets[name])
-        self._install(disk, offsets)
-        self._oem = offsets.get("oem", 0)
+            stream.truncate((partitions.end_mib(layout) + partitions.TABLE_MIB) * MIB)
+        for each in layout:
+            if tree := self._tree(each.name):
+                ext4(disk, tree, each.label, each.size_mib, each.offset_bytes)
+            self._install(disk, each)
+        partitions.write(str(disk), layout)
+        self._oem = next((each.offset_bytes for each in layout if each.name == "oem"), 0)
         self._write_environment(disk)
         return disk
 
@@ -162,26 +147,14 @@ class Computer:
                 run("mksquashfs", tree, made, "-quiet", "-no-progress", "-comp", "gzip")
         shutil.copy(made, path)
 
-    def _install(self, disk: Path, offsets: Mapping[str, int]) -> None:
-        """Put the boot loader on the disk: GRUB's image with the menu in it."""
-        loader = boot_loader(self.work, self.platform)
-        if self.platform == "x86_64-efi":
-            start = offsets["efi"]
-            blocks = SIZES_MIB["efi"] * 1024
-            run("mkfs.vfat", "-F", "16", f"--offset={start // 512}", disk, str(blocks))
-            run("mmd", "-i", f"{disk}@@{start}", "::/EFI", "::/EFI/BOOT")
-            run("mcopy", "-i", f"{disk}@@{start}", loader, "::/EFI/BOOT/BOOTX64.EFI")
-            return
-        # The master boot record knows where the image begins, and that one's first sector where it goes on.
-        first = offsets["bios"] // 512
-        record = bytearray(Path("/usr/lib/grub/i386-pc/boot.img").read_bytes()[:440])
-        record[0x5C:0x64] = struct.pack("<Q", first)
-        core = bytearray(loader.read_bytes())
-        core[0x1F4:0x1FC] = struct.pack("<Q", first + 1)
-        with disk.open("r+b") as stream:
-            stream.write(record)
-            stream.seek(offsets["bios"])
-            stream.write(core)
+    def _install(self, disk: Path, partition: Partition) -> None:
+        """Put the boot loader on its partition, if this is the one."""
+        if (partition.name, self.platform) == ("efi", "x86_64-efi"):
+            bootloader.efi_tree(bootloader.menu(), str(self.work / "efi"))
+            filesystems.make(str(disk), partition, str(self.work / "efi"))
+        elif (partition.name, self.platform) == ("bios", "i386-pc"):
+            with disks.opened(str(disk)) as opened:
+                bootloader.write_bios(opened, partition, bootloader.menu(), str(self.work))
 
     def _place(self, disk: Path) -> int:
         """Find the environment block on the disk; 0 where there is none."""
@@ -233,16 +206,3 @@ def kernel(work: Path) -> bytes:
     run("as", "--32", "-o", work / "kernel.o", KERNEL)
     run("objcopy", "-O", "binary", "-j", ".text", work / "kernel.o", work / "kernel")
     return (work / "kernel").read_bytes()
-
-
-@functools.cache
-def boot_loader(work: Path, platform: str) -> Path:
-    """Make GRUB's image."""
-    tree = work / "memdisk/boot/grub"
-    tree.mkdir(parents=True, exist_ok=True)
-    shutil.copy(CONFIG, tree / "grub.cfg")
-    subprocess.run(["tar", "-C", work / "memdisk", "-cf", work / "memdisk.tar", "boot"], check=True)
-    target = work / f"grub.{platform}"
-    words = ("--memdisk", work / "memdisk.tar", "--prefix", "(memdisk)/boot/grub", "--output", target)
-    run("grub-mkimage", "--format", platform, *words, *MODULES, *FIRMWARE_MODULES[platform])
-    return target

@@ -23,7 +23,7 @@ from immucore.system import (
     partitions,
     slots,
     state_file,
-    steps,
+    stopping,
 )
 from immucore.system.errors import told
 from immucore.system.partitions import MIB
@@ -145,8 +145,9 @@ def write(disk: Disk, layout: Sequence[Partition], work: str, console: Console) 
     """Write it all: what is on the disk is lost from here on. Raises DeviceError."""
     try:
         _write(disk, layout, work, console)
-        steps.hold()
+        stopping.hold()
     except (ImmucoreError, OSError) as error:
+        stopping.hold()
         with contextlib.suppress(ImmucoreError, OSError):
             disk.erase()
         if isinstance(error, Interrupted):

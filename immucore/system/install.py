@@ -18,7 +18,7 @@ from immucore.system import (
     partitions,
     programs,
     sources,
-    steps,
+    stopping,
 )
 from immucore.system.errors import ImageError, told
 from immucore.system.oci import Options
@@ -44,7 +44,7 @@ def install(request: Request, console: Console) -> int:
     bootloader.require(request.firmware)
     fakeroot.enter(request.failure)
     try:
-        with steps.stoppable(f"nothing was installed on '{request.target}'"), _target(request) as disk:
+        with stopping.stoppable(f"nothing was installed on '{request.target}'"), _target(request) as disk:
             _install(request, source, disk, console)
     except OSError as error:
         raise ImageError(f"{request.failure}: {told(error)}") from None
@@ -85,13 +85,9 @@ def _target(request: Request) -> Iterator[Disk]:
         )
     partial = f"{request.target}.partial"
     with disks.created(partial, request.size_mib, name=request.target) as disk:
-        try:
-            yield disk
-            os.rename(partial, request.target)
-            files.fsync(os.path.dirname(os.path.abspath(request.target)))
-        except BaseException:
-            os.unlink(partial)
-            raise
+        yield disk
+        os.rename(partial, request.target)
+    files.fsync(os.path.dirname(os.path.abspath(request.target)))
 
 
 def _refuse(disk: Disk, request: Request, layout: Sequence[Partition]) -> None:
