@@ -45,6 +45,9 @@ def make_tree(root: Path, version: str) -> Path:
         'set kernel=/boot/vmlinuz\nset initramfs=/boot/initrd\nset kernelcmd="quiet"\n'
     )
     (root / "etc/version").write_text(version)
+    for path, kind in (("etc/version", "etc_t"), ("boot", "boot_t"), ("boot/vmlinuz", "link_t")):
+        label = f"system_u:object_r:{kind}:s0\0".encode()  # as libselinux writes it
+        os.setxattr(root / path, "security.selinux", label, follow_symlinks=False)
     return root
 
 
@@ -110,14 +113,14 @@ class Upgradable:
     """A machine that is booted from one of its images; /sysroot is its root."""
 
     def __init__(self, machine: native.Machine, slot: str, program: Sequence[str]) -> None:
-        self.machine, self.slot, self.program = machine, slot, program
+        self.machine, self.slot, self._program = machine, slot, program
         booted = machine.boot(COMMANDS[slot])
         assert booted.status == 0, booted.stderr
         assert booted.result["mode_booted"] == slot
 
     def start(self, *words: str | Path, **options: Any) -> subprocess.Popen[str]:
         """Start a command of the booted system."""
-        argv = self.machine.inside(*self.program, *words)
+        argv = self.machine.inside(*self._program, *words)
         return subprocess.Popen(
             argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, **options
         )

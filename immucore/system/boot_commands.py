@@ -114,8 +114,13 @@ def _choose(arguments: argparse.Namespace) -> int:
         return {**others, variable: slot} if slot else others
 
     boot_state.read().environment.update(change)
-    what = "the next boot boots" if variable == "next_entry" else "what is booted as long as it can be:"
-    print(f"{what} {slot}" if slot else "active is booted as long as it can be, else passive, else recovery")
+    once = variable == "next_entry"
+    if slot:
+        print(f"the next boot boots {slot}" if once else f"{slot} is booted as long as it can be")
+    elif once:
+        print("no entry is chosen for the next boot alone")
+    else:
+        print("active is booted as long as it can be, then passive, then recovery")
     return 0
 
 

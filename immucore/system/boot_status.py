@@ -75,7 +75,7 @@ def _images(top: str, label: str, here: Booted, values: Mapping[str, str]) -> It
         name = next((name for name in names if slots.whole(os.path.join(directory, name))), "")
         yield _image(RECOVERY, directory, name, state, values).replace(running=here.mode == RECOVERY)
         return
-    running = slots.survey(directory, values, here.mode, here.image_id)
+    running = slots.survey(directory, values, here.running(label))
     for slot in COUNTED:
         name = slots.FILES[slot] if running[slot].whole else ""
         yield _image(slot, directory, name, state, values).replace(running=running[slot].running)

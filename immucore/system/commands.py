@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from immucore import cli
-from immucore.system import boot_commands, image_commands, install_command
+from immucore.system import boot_commands, image_commands, install_command, reboot_commands
 
 if TYPE_CHECKING:
     import argparse
@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the commands of the booted system, each by the module that does it."""
-    image_commands.add_parser(commands)
     install_command.add_parser(commands)
+    image_commands.add_parser(commands)
     boot_commands.add_parser(commands)
+    reboot_commands.add_parser(commands)
 
 
 def main(arguments: Sequence[str]) -> int:

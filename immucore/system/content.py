@@ -95,7 +95,14 @@ def difference(
 def _compared(tree: str, exact: bool) -> Iterator[tuple[str, Entry | None]]:
     for path, entry in walk(tree):
         if exact:
-            yield path, entry.replace(flags=0)  # chattr(1): an image has none
+            place = os.path.join(tree, path)
+            labels = [
+                (name, os.getxattr(place, name, follow_symlinks=False))
+                for name in files.xattrs(place)
+                if name in files.LABELS
+            ]
+            # An image has no flags of chattr(1).
+            yield path, entry.replace(flags=0, xattrs=(*entry.xattrs, *sorted(labels)))
         elif entry.kind in ("file", "directory", "symlink"):
             mode = entry.mode & 0o777 if entry.kind == "file" else 0
             yield path, entry.replace(flags=0, link="", uid=0, gid=0, xattrs=(), mode=mode)

@@ -17,7 +17,7 @@ from immucore.system import boot_state, booted, health_checks, health_notice, sl
 from immucore.system.boot_state import MISSING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Sequence
 
     from immucore.log import Log
     from immucore.system.boot_state import BootState
@@ -81,7 +81,7 @@ class Supervisor:
         if self._state.mode not in COUNTED:
             return {}
         directory = f"{booted.HOLDER}/{slots.DIRECTORY}"
-        return slots.survey(directory, values, self._state.mode, self._state.image_id)
+        return slots.survey(directory, values)
 
     def _greet(self, *, console: bool = False) -> None:
         values = self._state.environment.read()
@@ -176,10 +176,10 @@ class Supervisor:
 
         reboot.release()
 
-    def restart(self) -> None:
+    def restart(self, ways: Iterable[tuple[Sequence[str], float]] = RESTARTS) -> None:
         """Restart the machine, whatever it takes."""
         self._try(lambda: health_notice.write(health_notice.NONE, self._reasons))
-        for argv, patience_sec in RESTARTS:
+        for argv, patience_sec in ways:
             try:
                 process.run(argv, timeout_sec=_SYSTEMCTL_SEC)
             except OSError as error:

@@ -84,8 +84,8 @@ def differing(planned: str, table: Sequence[MountPoint], *, booted: bool) -> lis
         if path not in top:
             found.append(f"{path} is no longer mounted")
         elif top[path].device != device:
-            found.append(f"something else is mounted over {path}")
-    return found
+            found.append(f"{path} has something else mounted over it")
+    return sorted(found)
 
 
 def checks(root: str) -> list[str]:

@@ -61,7 +61,8 @@ def run(
 
     def meanwhile(_sec: float) -> None:
         stopping.point()
-        advance(min(_read_bytes(), total_bytes), total_bytes)
+        if total_bytes:
+            advance(min(_read_bytes(), total_bytes), total_bytes)
 
     done = process.run(
         [*_TOGETHER, *argv] if process.find(_TOGETHER[0]) else argv,

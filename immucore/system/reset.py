@@ -131,7 +131,7 @@ class Reset:
             state.record(slot, entry)
         state.failed = [each for each in state.failed if each != self._making.content]
         booted.record(self._console, self._here, self._top, booted.STATE, state)
-        found = slots.survey(self._making.directory, {}, 0)
+        found = slots.survey(self._making.directory, {})
         steps.attempt(self._console, lambda: slots.forget(self._environment, found.values()))
         return True
 

@@ -27,15 +27,16 @@ def rollback(console: Console, here: Booted, *, force: bool) -> None:
             found = slots.survey(directory, environment.read(), here.running(booted.STATE))
             _refuse(found[PASSIVE], force=force)
             image_id = found[PASSIVE].image_id
-            if image_id and found[PASSIVE].state == BAD:
-                slots.arm(environment, image_id)
+            if found[PASSIVE].state == BAD:
+                slots.arm(environment, found[PASSIVE].counted_as)
+            slots.carry(environment, ((found[ACTIVE], PASSIVE), (found[PASSIVE], ACTIVE)))
             slots.swap(directory)
             state = state_file.read(top)
             entries = {slot: state.entry_of(found[slot].image_id) for slot in (ACTIVE, PASSIVE)}
             state.record(ACTIVE, entries[PASSIVE])
             state.record(PASSIVE, entries[ACTIVE])
             booted.record(console, here, top, booted.STATE, state)
-            steps.attempt(console, lambda: slots.forget(environment, found.values()))
+            steps.attempt(console, lambda: slots.forget(environment, slots.survey(directory, {}).values()))
     except OSError as error:
         raise ImageError(f"cannot roll back: {told(error)}") from None
     console.result(f"active is {image_id} now, which was passive: the next boot boots it", image_id=image_id)

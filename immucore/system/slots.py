@@ -49,8 +49,13 @@ class Slot(Record):
     state: str = TRYING
     running: bool = False  # the system that runs is this image
 
+    @property
+    def counted_as(self) -> str:
+        """What its boots are counted by: one without an identity by its slot, as grub.cfg has it."""
+        return self.image_id or self.name
 
-def survey(directory: str, values: Mapping[str, str], running: int) -> dict[str, Slot]:
+
+def survey(directory: str, values: Mapping[str, str], running: int = 0) -> dict[str, Slot]:
     """Look at both slots in `directory`, which is the `cOS` of COS_STATE.
 
     `values` are the variables of GRUB's environment block, `running` is the inode of the image that runs, 0
@@ -63,7 +68,7 @@ def _slot(name: str, path: str, values: Mapping[str, str], running: int) -> Slot
     if not whole(path):
         return Slot(name=name)
     image_id = images.identity(path)
-    state = bootcount.read(values, image_id).state if image_id else TRYING
+    state = bootcount.read(values, image_id or name).state
     runs = running != 0 and os.stat(path).st_ino == running
     return Slot(name=name, whole=True, image_id=image_id, state=state, running=runs)
 
@@ -161,29 +166,48 @@ def clean(directory: str, running: int) -> None:
 
 def arm(environment: Environment, image_id: str) -> None:
     """Give an image that is about to be put in place all its tries; they are on the disk then."""
-    environment.write(bootcount.written(environment.read(), bootcount.armed(image_id)))
+    environment.update(lambda values: bootcount.written(values, bootcount.armed(image_id)))
 
 
 def disarm(environment: Environment, image_id: str) -> None:
     """Take that back."""
-    values = environment.read()
-    environment.write({name: value for name, value in values.items() if not name.endswith(f"_{image_id}")})
+
+    def without(values: dict[str, str]) -> dict[str, str]:
+        return {name: value for name, value in values.items() if not name.endswith(f"_{image_id}")}
+
+    environment.update(without)
+
+
+def carry(environment: Environment, moves: Iterable[tuple[Slot, str]]) -> None:
+    """Have what is known of images go with them to another slot, where that is not by their identity."""
+
+    def carried(values: dict[str, str]) -> dict[str, str]:
+        counts = [bootcount.read(values, slot.name).replace(image_id=name) for slot, name in moves]
+        for count in counts:
+            values = bootcount.written(values, count)
+        return values
+
+    moves = [(slot, name) for slot, name in moves if slot.whole and not slot.image_id]
+    environment.update(carried)
 
 
 def forget(environment: Environment, found: Iterable[Slot]) -> None:
     """Keep nothing of images that are in no slot, and let active be the slot that is wanted."""
-    values = environment.read()
-    kept_values = bootcount.forgotten(values, [slot.image_id for slot in found if slot.image_id])
-    if bootcount.wanted(kept_values.get(SAVED_ENTRY, "")) != ACTIVE:
-        del kept_values[SAVED_ENTRY]
-    if kept_values != values:
-        environment.write(kept_values)
+    kept_ids = [slot.counted_as for slot in found if slot.whole]
+
+    def without(values: dict[str, str]) -> dict[str, str]:
+        left = bootcount.forgotten(values, kept_ids)
+        if bootcount.wanted(left.get(SAVED_ENTRY, "")) != ACTIVE:
+            del left[SAVED_ENTRY]
+        return left
+
+    environment.update(without)
 
 
 def judged_bad(values: Mapping[str, str]) -> set[str]:
     """Give the digests of the images that GRUB's environment block knows to be bad."""
     ids = [name.removeprefix(TRIES_PREFIX) for name in values if name.startswith(TRIES_PREFIX)]
-    return {digest_of(each) for each in ids if bootcount.read(values, each).state == BAD}
+    return {digest_of(each) for each in ids if "_" in each and bootcount.read(values, each).state == BAD}
 
 
 def digest_of(image_id: str | None) -> str:

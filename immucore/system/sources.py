@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from immucore import files, superblock
 from immucore.errors import CmdlineError
-from immucore.system import content, fakeroot, images
+from immucore.system import content, fakeroot, images, stopping
 from immucore.system.errors import ImageError
 from immucore.system.oci import Options, Registry
 from immucore.system.programs import FAKEROOT, run, silent
@@ -74,6 +74,17 @@ class Directory(_Local):
         argv = ["cp", "--recursive", "--no-dereference", "--one-file-system", "--sparse=auto"]
         argv += ["--preserve=mode,ownership,timestamps,links,xattr", "--", f"{self.path}/.", directory]
         run(argv, self._failure, hint=_FULL, advance=advance, total_bytes=self.needs_bytes)
+        _copy_labels(self.path, directory)
+
+
+def _copy_labels(source: str, target: str) -> None:
+    """Give a copy the SELinux labels that cp(1) copies only where a policy is loaded."""
+    for path, _directories, names in os.walk(target):
+        stopping.point()
+        there = source + path.removeprefix(target)
+        files.copy_label(there, path)
+        for name in names:
+            files.copy_label(f"{there}/{name}", f"{path}/{name}")
 
 
 class Archive(_Local):
@@ -88,7 +99,7 @@ class Archive(_Local):
     def _unpack(self, directory: str, advance: Advance) -> None:
         os.mkdir(directory, 0o755)
         argv = ["tar", "--extract", "--numeric-owner", "--same-owner", "--preserve-permissions", "--acls"]
-        argv += ["--xattrs", "--xattrs-include=*", "--sparse", "--delay-directory-restore"]
+        argv += ["--xattrs", "--xattrs-include=*", "--selinux", "--sparse", "--delay-directory-restore"]
         argv += ["--directory", directory, "--file", self.path]
         run(argv, self._failure, hint=_FULL, advance=advance, total_bytes=self.needs_bytes)
         if FAKEROOT in os.environ:

@@ -168,18 +168,18 @@ class Upgrade:
         stopping.point()
         stopping.hold()
         if self._slot == ACTIVE:
+            found = self._survey()
+            self._kept = found[slots.kept(found[ACTIVE], found[PASSIVE])]
             self._armed = True
             slots.arm(self._environment, self._making.image_id)
+            slots.carry(self._environment, [(self._kept, PASSIVE)] if self._kept.name == ACTIVE else [])
         return True
 
     def _commit(self, _: Advance) -> bool:
         if self._slot == RECOVERY:
             slots.replace(self._making.directory, RECOVERY)
         else:
-            found = self._survey()
-            keep = slots.kept(found[ACTIVE], found[PASSIVE])
-            slots.commit(self._making.directory, keep)
-            self._kept = found[keep]
+            slots.commit(self._making.directory, self._kept.name)
         self._committed = True
         return True
 

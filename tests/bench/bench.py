@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "vm-tests")]
 import derivative
 import disk as disks
+import images
 import native
 from machine import Machine
 
@@ -345,6 +346,12 @@ def initramfs_growth(_: int) -> list[Line]:
     return [Line("growth of an initramfs, zstd -19", (with_agent - without) / 2**20, "MiB", 5)]
 
 
+def image_making(runs: int) -> list[Line]:
+    """Make images of 1 GiB, and copy the same files."""
+    rows = images.measure(runs, file_system)
+    return [Line(name, value, unit, note=note) for name, value, unit, note in rows]
+
+
 # Each gives its part of the report.
 PARTS: dict[str, Callable[[int], list[Line]]] = {
     "A whole boot in a mount namespace": native_boot,
@@ -352,6 +359,7 @@ PARTS: dict[str, Callable[[int], list[Line]]] = {
     "Bind paths": binds,
     "Resolving devices": resolving,
     "State": state,
+    "Images": image_making,
     "Initramfs": initramfs_growth,
     "Virtual time": virtual_time,
 }

@@ -196,6 +196,8 @@ def broken(tree: Path, image: Path, how: str) -> None:
         native.command("debugfs", "-w", "-R", "rm /etc/slot", image)
     elif how == "a file more":
         (tree / "etc/zz").write_text("")
+    elif how == "a label":
+        native.command("debugfs", "-w", "-R", "ea_rm /etc/version security.selinux", image)
     elif how == "an owner":
         native.command("debugfs", "-w", "-R", "set_inode_field /etc/slot uid 7", image)
     else:
@@ -210,6 +212,7 @@ def broken(tree: Path, image: Path, how: str) -> None:
         ("a file more", "'/etc/zz' is only in one of them"),
         ("an owner", "'/etc/slot' is not the same"),
         ("an attribute", "'/etc/slot' is not the same"),
+        ("a label", "'/etc/version' is not the same"),
     ],
 )
 def test_what_is_not_as_in_the_tree_is_found(tree: Path, how: str, said: str) -> None:

@@ -212,6 +212,25 @@ def test_what_is_there_already(boot: upgrading.Boot, new: Path) -> None:
     assert here.images()["active"] != before["active"]
 
 
+def test_a_reboot_afterwards(boot: upgrading.Boot, new: Path) -> None:
+    """A way that there is not is told before anything is done; a reboot that fails has been an upgrade."""
+    here = boot("active")
+    before = here.images()
+    ran = here.run("upgrade", "--reboot", "soon", f"dir:{new}")
+    assert (ran.status, "cannot reboot by 'soon'" in ran.stderr) == (2, True), ran.stderr
+    assert here.images() == before
+    configure(here, reboot="now")  # no systemd runs here
+    ran = here.run("upgrade", f"dir:{new}")
+    assert ran.status not in (0, 2)
+    assert "cannot reboot" in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert here.images()["passive"] in (before["active"], before["passive"])
+    assert here.images()["active"] != before["active"]
+    settled(here)
+    ran = here.run("upgrade", f"dir:{new}")
+    assert (ran.status, "nothing to be done" in ran.stderr) == (0, True), "and nothing to reboot for"
+
+
 def test_what_was_judged_bad(boot: upgrading.Boot, new: Path, newer: Path) -> None:
     here = boot("active")
     before = here.images()
@@ -513,7 +532,7 @@ def killed_at_line(here: Upgradable, number: int, *words: str) -> tuple[int, str
     said.write_text("")
     argv = ["strace", "--output=/dev/null", "--trace-path=/run/said"]
     argv += ["-e", f"inject=write:signal=SIGKILL:when={number}", "sh", "-c", 'exec "$@" 2>/run/said', "sh"]
-    argv = here.machine.inside(*argv, *here.program, *words)
+    argv = here.machine.inside(*argv, *here._program, *words)
     done = subprocess.run(argv, check=False, timeout=120, env=upgrading.ENVIRONMENT)
     return done.returncode, said.read_text()
 
@@ -604,6 +623,35 @@ def test_without_oem(boot: upgrading.Boot, new: Path) -> None:
     assert "cannot write '/sysroot/oem/grubenv'" in ran.stderr
     assert here.images() == before
     settled(here)
+
+
+def test_images_of_somebody_else(boot: upgrading.Boot, new: Path, newer: Path) -> None:
+    """cos-toolkit's images have no identity: they are told apart by their files, counted by their slot."""
+    here = boot("recovery")
+    with here.machine.partition("state") as path:
+        for slot in ("active", "passive"):
+            native.command("debugfs", "-w", "-R", f"rm /{content.IDENTITY}", path / f"cOS/{slot}.img")
+    here = boot("active")
+    here.set(judged("active", GOOD), judged("passive", BAD))
+    ran = here.run("upgrade", "--json", f"dir:{new}")
+    assert ran.status == 0, ran.stderr
+    assert here.values() == {
+        f"tries_{ran.result['image_id']}": "3",
+        "tries_passive": "3",
+        "good_passive": "1",
+    }
+    version = "debugfs", "-R", "cat /etc/version"
+    for _ in range(2):
+        with here.part("state") as path:
+            assert native.command(*version, path / "cOS/passive.img") == "a"
+        ran = here.run("upgrade", "--json", f"dir:{newer}")
+        assert ran.status == 0, ran.stderr
+    here = boot("passive")
+    assert here.run("rollback").status == 0
+    made = ran.result["image_id"]
+    assert here.values() == {f"tries_{made}": "3", "tries_active": "3", "good_active": "1"}
+    with here.part("state") as path:
+        assert native.command(*version, path / "cOS/active.img") == "a"
 
 
 def test_a_state_yaml_of_somebody_else(boot: upgrading.Boot, new: Path, newer: Path) -> None:
