@@ -471,7 +471,7 @@ def bootable_tree(
 ) -> Path:
     """Return the images' tree with what a boot loader needs: kernel, initramfs, kernel arguments.
 
-    `name` is in its /etc/immucore-slot; `files` are added to it, executable, and `more` is for the kernel.
+    `name` is in its /etc/immucore-slot; `files` are added to it, and `more` is for the kernel.
     """
     source, initrd = image_tree(suite), initramfs(suite)
 
@@ -483,7 +483,7 @@ def bootable_tree(
             place = target / path
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_text(content)
-            place.chmod(0o755 if path in (files or {}) else 0o644)
+            place.chmod(0o755 if content.startswith("#!") else 0o644)
         run("cp", "--reflink=auto", kernel(suite), target / "boot/vmlinuz")
         run("zstd", "-q", "-10", initrd, "-o", target / "boot/initrd")  # GRUB takes its time over a big one
 

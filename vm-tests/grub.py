@@ -9,8 +9,6 @@ from __future__ import annotations
 import functools
 import re
 import shutil
-import struct
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,14 +16,9 @@ from pathlib import Path
 from derivative import EXT4, run
 from machine import FIRMWARE, VARIABLES, Action, Guest, drive
 
-CONFIG = Path(__file__).parents[1] / "immucore/system/grub.cfg"
+from immucore.system import bootloader
+
 KERNEL = Path(__file__).with_name("guest") / "kernel.s"
-MODULES = (
-    *("configfile", "echo", "eval", "ext2", "fat", "halt", "linux", "loadenv", "loopback", "memdisk"),
-    *("minicmd", "multiboot", "normal", "part_gpt", "reboot", "regexp", "search", "search_label", "serial"),
-    *("sleep", "squash4", "tar", "terminal", "test"),
-)
-FIRMWARE_MODULES = {"i386-pc": ["biosdisk"], "x86_64-efi": ["all_video"]}
 MIB = 2**20
 QEMU = "qemu-system-x86_64 -nodefaults -no-user-config -machine q35 -display none -no-reboot -m 256"
 SIZES_MIB = {"efi": 16, "oem": 4, "recovery": 8, "state": 16}
@@ -170,16 +163,12 @@ class Computer:
             blocks = SIZES_MIB["efi"] * 1024
             run("mkfs.vfat", "-F", "16", f"--offset={start // 512}", disk, str(blocks))
             run("mmd", "-i", f"{disk}@@{start}", "::/EFI", "::/EFI/BOOT")
-            run("mcopy", "-i", f"{disk}@@{start}", loader, "::/EFI/BOOT/BOOTX64.EFI")
+            run("mcopy", "-i", f"{disk}@@{start}", loader, f"::/{bootloader.EFI_FILE}")
             return
-        # The master boot record knows where the image begins, and that one's first sector where it goes on.
-        first = offsets["bios"] // 512
-        record = bytearray(Path("/usr/lib/grub/i386-pc/boot.img").read_bytes()[:440])
-        record[0x5C:0x64] = struct.pack("<Q", first)
-        core = bytearray(loader.read_bytes())
-        core[0x1F4:0x1FC] = struct.pack("<Q", first + 1)
+        boot = Path(f"{bootloader.DIRECTORY}/i386-pc/boot.img").read_bytes()
+        code, core = bootloader.patched(boot, loader.read_bytes(), offsets["bios"] // 512)
         with disk.open("r+b") as stream:
-            stream.write(record)
+            stream.write(code)
             stream.seek(offsets["bios"])
             stream.write(core)
 
@@ -237,12 +226,7 @@ def kernel(work: Path) -> bytes:
 
 @functools.cache
 def boot_loader(work: Path, platform: str) -> Path:
-    """Make GRUB's image."""
-    tree = work / "memdisk/boot/grub"
-    tree.mkdir(parents=True, exist_ok=True)
-    shutil.copy(CONFIG, tree / "grub.cfg")
-    subprocess.run(["tar", "-C", work / "memdisk", "-cf", work / "memdisk.tar", "boot"], check=True)
+    """Make GRUB's image, as an installation does."""
     target = work / f"grub.{platform}"
-    words = ("--memdisk", work / "memdisk.tar", "--prefix", "(memdisk)/boot/grub", "--output", target)
-    run("grub-mkimage", "--format", platform, *words, *MODULES, *FIRMWARE_MODULES[platform])
+    bootloader.make(platform, bootloader.menu(), str(target))
     return target

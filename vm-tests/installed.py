@@ -38,11 +38,13 @@ FILES = {
         f"#!/bin/sh\ngrep -q {FAULT}=unhealthy /proc/cmdline || exit 0\n"
         "echo the database is not there\nexit 1\n"
     ),
-    "etc/systemd/system/boot-complete.target.requires/stuck.service": (
+    "etc/systemd/system/boot-complete.target.d/fault.conf": "[Unit]\nRequires=stuck.service\n",
+    "etc/systemd/system/multi-user.target.d/fault.conf": "[Unit]\nWants=crash.service\n",
+    "etc/systemd/system/stuck.service": (
         f"[Unit]\nConditionKernelCommandLine={FAULT}=stuck\nBefore=boot-complete.target\n"
         "[Service]\nType=oneshot\nTimeoutStartSec=infinity\nExecStart=/bin/sleep infinity\n"
     ),
-    "etc/systemd/system/multi-user.target.wants/crash.service": (
+    "etc/systemd/system/crash.service": (
         f"[Unit]\nConditionKernelCommandLine={FAULT}=crash\n[Service]\nExecStart=/bin/kill -SEGV 1\n"
     ),
 }
@@ -56,7 +58,7 @@ stages:
 
 # Commands in the machine.
 STATUS = "immucore boot status --json"
-JUDGED = "timeout 120 sh -c 'until grep -q ^good_ /oem/grubenv; do sleep 0.2; done'"
+JUDGED = "timeout 120 sh -c 'until grep -q good /run/immucore/health.json; do sleep 0.2; done'"
 
 
 def tree(name: str = "first", files: Mapping[str, str] | None = None, more: str = "") -> Path:
@@ -78,7 +80,8 @@ def source(name: str, files: Mapping[str, str] | None = None, more: str = "") ->
 def upgrade(name: str, *options: str) -> str:
     """Return the command that upgrades to a source; its steps are on the console too."""
     place = f"/run/{name}"
-    mount = f"mkdir -p {place} && mount -o ro /dev/disk/by-id/virtio-{name} {place}"
+    device = f"/dev/disk/by-id/virtio-{name}"
+    mount = f"mkdir -p {place} && {{ mountpoint -q {place} || mount -o ro {device} {place}; }}"
     command = f"immucore upgrade {' '.join(options)} dir:{place}"
     return (
         f"{mount} && {{ {command} 2>&1; echo $? >/run/status; }} | tee /dev/console; exit $(cat /run/status)"

@@ -89,11 +89,12 @@ def _image(
     path = os.path.join(directory, name)
     image_id = images.identity(path)
     entry = state.entry(slot)
+    label = process.run([*_BLKID, path], timeout_sec=_BLKID_SEC)
     return Image(
         slot=slot,
         path=f"/{slots.DIRECTORY}/{name}",
         image_id=image_id,
-        label=process.run([*_BLKID, path], timeout_sec=_BLKID_SEC).output.strip(),
+        label=label.output.strip() if label.status == 0 else "",
         count=bootcount.read(values, image_id or slot) if slot in COUNTED else None,
         entry=entry if entry and entry.image_id == (image_id or "") else None,
     )

@@ -73,8 +73,12 @@ class Disk:
     def content(self) -> list[str]:
         """List what is on it, in words: signatures, and what the partitions hold. Empty: it is blank."""
         failure = f"cannot look at what is on '{self.path}'"
-        seen = json.loads(run(["wipefs", "--no-act", "--json", self.path], failure) or "{}")
-        kinds = {each["type"]: each["label"] or "" for each in seen.get("signatures", ())}
+        seen = run(["wipefs", "--no-act", "--json", self.path], failure)
+        try:
+            signatures = json.loads(seen)["signatures"] if seen.strip() else []
+        except ValueError:
+            raise DeviceError(f"{failure}: wipefs says more than can be read") from None
+        kinds = {each["type"]: each.get("label") or "" for each in signatures}
         if "gpt" in kinds:
             kinds.pop("PMBR", None)  # every GPT has it
         found = [_named(kind, label) for kind, label in kinds.items()]
@@ -85,9 +89,10 @@ class Disk:
 
     def _table(self) -> list[dict[str, Any]]:
         done = process.run(["sfdisk", "--json", self.path])
-        if done.status:  # there is none
+        try:
+            listed = json.loads(done.output)["partitiontable"]
+        except ValueError:  # there is none, or one with thousands of partitions
             return []
-        listed = json.loads(done.output)["partitiontable"]
         unit = int(listed.get("sectorsize", FILE_SECTOR_BYTES))
         return [
             {
@@ -108,15 +113,16 @@ class Disk:
 
     def _has_data(self) -> bool:
         position = 0
-        with contextlib.suppress(OSError):  # ENXIO: nothing but holes from here on
-            while position < self.size_bytes:
+        while position < self.size_bytes:
+            try:
                 position = os.lseek(self._descriptor, position, os.SEEK_DATA)
-                end = os.lseek(self._descriptor, position, os.SEEK_HOLE)
-                while position < end:
-                    block = os.pread(self._descriptor, min(CHUNK_BYTES, end - position), position)
-                    if block.strip(b"\0"):
-                        return True
-                    position += len(block)
+            except OSError as error:
+                if error.errno != errno.ENXIO:  # nothing but a hole is left
+                    raise
+                return False
+            if os.pread(self._descriptor, CHUNK_BYTES, position).strip(b"\0"):
+                return True
+            position += CHUNK_BYTES
         return False
 
     def erase(self) -> None:
@@ -182,13 +188,20 @@ def opened(path: str) -> Iterator[Disk]:
 
 @contextlib.contextmanager
 def created(path: str, size_mib: int, name: str) -> Iterator[Disk]:
-    """Make an empty file of this size, also in the place of one that was left over. Raises DeviceError."""
+    """Make an empty file of this size, also in the place of one that was left over; it goes with an error.
+
+    Raises DeviceError and OSError.
+    """
     descriptor = _open(path, os.O_CREAT | os.O_NOFOLLOW)
     try:
         _lock(path, descriptor)
-        os.ftruncate(descriptor, 0)
-        os.ftruncate(descriptor, size_mib * MIB)
-        yield Disk(path, descriptor, name)
+        try:
+            os.ftruncate(descriptor, 0)
+            os.ftruncate(descriptor, size_mib * MIB)
+            yield Disk(path, descriptor, name)
+        except BaseException:
+            os.unlink(path)
+            raise
     finally:
         os.close(descriptor)
 

@@ -77,11 +77,12 @@ class Supervisor:
         return bootcount.forgotten(values, ids) if ids else values
 
     def _slots(self, values: dict[str, str]) -> dict[str, slots.Slot]:
-        """Look at the slots where their partition is mounted anyway."""
-        if self._state.mode not in COUNTED:
-            return {}
+        """Look at the slots where their partition is mounted anyway, and where that is possible."""
+        found: dict[str, slots.Slot] = {}
         directory = f"{booted.HOLDER}/{slots.DIRECTORY}"
-        return slots.survey(directory, values)
+        if self._state.mode in COUNTED:
+            self._try(lambda: found.update(slots.survey(directory, values)))
+        return found
 
     def _greet(self, *, console: bool = False) -> None:
         values = self._state.environment.read()
@@ -133,9 +134,9 @@ class Supervisor:
     def _tell(self, reasons: list[str]) -> None:
         if reasons != self._reasons:
             self._reasons = reasons
+            self._try(lambda: health_notice.write(health_notice.WAITING, reasons))
             for reason in reasons:
                 self._log.info(f"not healthy yet: {reason}")
-            self._try(lambda: health_notice.write(health_notice.WAITING, reasons))
 
     def _is_over(self) -> bool:
         """Say once that the deadline has passed; whether the machine is to be restarted for that."""

@@ -85,13 +85,9 @@ def _target(request: Request) -> Iterator[Disk]:
         )
     partial = f"{request.target}.partial"
     with disks.created(partial, request.size_mib, name=request.target) as disk:
-        try:
-            yield disk
-            os.rename(partial, request.target)
-            files.fsync(os.path.dirname(os.path.abspath(request.target)))
-        except BaseException:
-            os.unlink(partial)
-            raise
+        yield disk
+        os.rename(partial, request.target)
+    files.fsync(os.path.dirname(os.path.abspath(request.target)))
 
 
 def _refuse(disk: Disk, request: Request, layout: Sequence[Partition]) -> None:

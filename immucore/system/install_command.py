@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from immucore.cli import Commands
 
 EFI = "/sys/firmware/efi"  # it is there if this machine was started by one
+MOST_MIB = 1 << 40  # what a file can have
 SCRATCH = "/var/tmp"  # noqa: S108  a large tree has room there; in it is a directory of our own
 
 
@@ -80,7 +81,7 @@ def request(arguments: argparse.Namespace, configured: dict[str, Any]) -> Reques
     """Read what was asked for. Raises CmdlineError."""
     target = arguments.target
     is_device = _is_block_device(target)
-    if arguments.size < 0 or (arguments.size and (is_device or _names_a_device(target))):
+    if arguments.size and (is_device or _names_a_device(target) or not 0 < arguments.size <= MOST_MIB):
         raise CmdlineError(f"cannot give '{target}' a size", hint="--size is for a new file, in MiB")
     native = "efi" if os.path.exists(EFI) else "bios"
     scratch = arguments.scratch or (SCRATCH if is_device else os.path.dirname(os.path.abspath(target)))

@@ -41,7 +41,7 @@ def boot(upgradable: Path, tmp_path: Path, source: Sequence[str]) -> Iterator[Bo
                 with machine.partition(upgrading.HOLDERS[without]) as path:
                     (path / f"cOS/{without}.img").unlink()
             here = Upgradable.__new__(Upgradable)
-            here.machine, here.slot, here.program = machine, slot, (*source[:-2], "immucore.system")
+            here.machine, here.slot, here._program = machine, slot, (*source[:-2], "immucore.system")
             booted = machine.boot(f"{upgrading.COMMANDS[slot]} {words}")
             assert booted.status == 0, booted.stderr
             return here

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,7 +54,7 @@ class Judged(Upgradable):
         if damaged:
             with machine.partition("state") as path:
                 os.truncate(path / f"cOS/{damaged}.img", 1 << 20)
-        self.machine, self.slot, self.program = machine, slot, program
+        self.machine, self.slot, self._program = machine, slot, program
         booted = machine.boot(f"{upgrading.COMMANDS[slot]} {words}")
         assert booted.status == 0, booted.stderr
         self.ids = self.images()
@@ -91,7 +92,7 @@ class Judged(Upgradable):
 
     def judge(self, *, until: str = "") -> str:
         """Run the service to its end, or until it has said something; returns all that it has said."""
-        words = self.machine.inside(*self.program, "boot", "verdict")
+        words = self.machine.inside(*self._program, "boot", "verdict")
         environment = {**upgrading.ENVIRONMENT, "JOURNAL_STREAM": "8:1"}
         service = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment)
         assert service.stderr
@@ -203,6 +204,15 @@ def test_a_machine_is_restarted_with_more_and_more_force(boot: Boot) -> None:
     here.machine.run(sys.executable, "-c", RESTART)
     assert here.asked == ["reboot", "reboot --force", "reboot --force --force"]
     assert here.health["verdict"] == "none"
+
+
+def test_a_systemctl_that_cannot_be_run_is_told(boot: Boot) -> None:
+    here = boot()
+    here.machine.path("/machine/systemctl").chmod(0o644)
+    said = here.judge(until="not healthy")
+    assert "not healthy yet: cannot ask for boot-complete.target: systemctl: Permission denied\n" in said
+    here.machine.run(sys.executable, "-c", RESTART)
+    assert here.machine.kernel_log().count("<3>immucore: systemctl: Permission denied") == 3
 
 
 @pytest.mark.parametrize("slot", ["passive", "recovery"])
@@ -330,6 +340,15 @@ def test_images_that_are_nowhere_are_forgotten_when_there_are_many(boot: Boot) -
     here.set(*gone, kept, extra_cmdline="x")
     here.judge(until="not healthy")
     assert here.values() == {f"tries_{kept.image_id}": "1", "extra_cmdline": "x"}
+
+
+def test_without_a_reader_of_images_a_boot_is_judged_all_the_same(boot: Boot) -> None:
+    here = boot()
+    here.complete()
+    here.machine.run("mount", "--bind", "/dev/null", str(shutil.which("debugfs", path="/usr/sbin:/usr/bin")))
+    said = here.judge()
+    assert "<3>cannot read '/run/initramfs/cos-state/cOS/active.img': there is no debugfs\n" in said
+    assert here.count("active").good
 
 
 def test_without_oem_a_boot_is_judged_all_the_same(boot: Boot) -> None:

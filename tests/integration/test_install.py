@@ -394,6 +394,15 @@ def test_what_is_in_a_file_is_not_overwritten(
     Installed(disk).check(("bios", "efi"), "ext4")
 
 
+def test_a_table_that_is_too_long_to_be_read_is_one(install: Install, place: Path, tree: Path) -> None:
+    disk = new_file(place, 900)
+    table = "label: gpt\ntable-length: 1024\n" + "size=1MiB, name=of-many\n" * 700
+    native.command("sfdisk", "--quiet", disk, stdin=table)
+    refused = install("--target", disk, *SMALL, f"dir:{tree}")
+    assert refused.returncode == 3
+    assert f"cannot install on '{disk}': it is not empty: gpt\n" in refused.stderr
+
+
 def test_a_disk_in_use_is_refused_whatever_is_said(install: Install, place: Path, tree: Path) -> None:
     disk, words = new_file(place), ("--wipe", "--scratch", place, *SMALL, f"dir:{tree}")
     with loop(disk) as device:
@@ -455,6 +464,9 @@ REFUSED = {
         2,
         "cannot give '/dev/sdx' a size",
     ),
+    "size of nothing": (("--size", "-5", "dir:/x"), 2, "'s disk.img' a size"),
+    "size of the world": (("--size", "9" * 20, "dir:/x"), 2, "'s disk.img' a size"),
+    "size of more than a file": (("--size", str(1 << 39), *SMALL, "dir:/x"), 4, "disk.img': File too large"),
     "too small": (
         ("--size", "300", "dir:/x"),
         3,
@@ -491,7 +503,7 @@ def test_refused(install: Install, place: Path, tree: Path, case: str) -> None:
     done = install(*target, *(files.get(word, word) for word in words))
     assert done.returncode == status, done.stderr
     assert message in done.stderr
-    assert "\n  hint: " in done.stderr
+    assert "\n  hint: " in done.stderr or "File too large" in message
     assert sorted(path.name for path in place.iterdir()) == ["empty", "large"]
 
 
