@@ -29,8 +29,9 @@ class Record:
     def __init_subclass__(cls) -> None:
         """Collect the fields of the class, its parents' first."""
         own = cls.__dict__.get("__annotations__", {})
-        cls._fields += tuple(name for name in own if name not in cls._fields)
-        cls._required = frozenset(name for name in cls._fields if not hasattr(cls, name))
+        added = tuple([name for name in own if name not in cls._fields])
+        cls._fields += added
+        cls._required = cls._required.union(added).difference(cls.__dict__)
         cls._allowed = frozenset(cls._fields)
 
     def __init__(self, **values: Any) -> None:

@@ -37,7 +37,7 @@ def test_json_of_what_a_disk_can_hold() -> None:
     assert json.loads(report.json("a\udcff\0\u2028")) == "a\udcff\0\u2028"
 
 
-@pytest.mark.parametrize("value", [1.5, {1}, object()])
+@pytest.mark.parametrize("value", [{1}, object()])
 def test_no_json_for_the_rest(value: object) -> None:
     with pytest.raises(TypeError, match=f"no JSON for {type(value).__name__}"):
         report.json(value)
