@@ -169,6 +169,13 @@ def build_bundle(program: str = "immucore") -> Path:
     return BUNDLE / program
 
 
+def service_environment(bundle: Path | str = BUNDLE / "immucore") -> list[str]:
+    """Give what immucore.service adds to the agent's environment, NAME=VALUE, for one in this folder."""
+    unit = (ROOT / "dracut-module/50immucore/immucore.service").read_text()
+    lines = [line.partition("=")[2] for line in unit.splitlines() if line.startswith("Environment=")]
+    return [word.replace("/usr/lib/immucore", str(bundle)) for line in lines for word in line.split()]
+
+
 def make_tree(root: Path, slot: str) -> Path:
     """Make what an image holds: little, but of every kind that the agent has to keep as it is."""
     for path in (

@@ -59,7 +59,7 @@ def native_boot(runs: int) -> list[Line]:
             native.command("cc", "-O2", "-Wall", "-Wextra", "-o", folder / source, HERE / f"{source}.c")
         native.make_disk(folder / "disk.img", folder / "work")
         programs = {
-            "agent: immucore boot": [*native.FROZEN],
+            "agent: immucore boot": [*native.service_environment(), *native.FROZEN],
             "(a) python3 -I -S -c pass": ["/usr/bin/python3.11", "-I", "-S", "-c", "pass"],
             "(b) empty frozen program": [str(native.BUNDLE / "empty/empty")],
             "(c) the same system calls in C": [str(folder / "reference")],
@@ -90,7 +90,10 @@ def native_boot(runs: int) -> list[Line]:
 def run(
     machine: native.Machine, runner: Path, programs: list[list[str]], runs: int
 ) -> list[list[tuple[int, int, int]]]:
-    """Run the programs in turns; return for each (microseconds, microseconds of CPU, KiB) of its runs."""
+    """Run the programs in turns; return for each (microseconds, microseconds of CPU, KiB) of its runs.
+
+    A program is NAME=VALUE for its environment, and its command.
+    """
     words = [word for program in programs for word in (*program, "--")][:-1]
     environment = {
         "PATH": "/usr/sbin:/usr/bin",

@@ -1,6 +1,6 @@
 // Runs a program again and again in the prepared mount namespace and measures the program alone.
 //
-// usage: runner RUNS PROGRAM [ARGUMENT...], several programs separated by "--": they take turns.
+// usage: runner RUNS [NAME=VALUE...] PROGRAM [ARGUMENT...], several programs separated by "--": they take turns.
 // For each run a child takes a copy of the mount namespace, gives it a fresh /run with the udev database, and
 // starts the program; so nothing that a run mounted or wrote to /run is there for the next one.
 // Prints for each run: the number of the program, microseconds from fork to exit, microseconds of CPU, KiB at the
@@ -42,6 +42,7 @@ static void run(int number, char **program) {
     if (child == 0) {
         int null = open("/dev/null", O_RDWR);
         for (int descriptor = 0; descriptor < 3; descriptor++) dup2(null, descriptor);
+        while (strchr(program[0], '=')) putenv(*program++);
         execv(program[0], program);
         _exit(127);
     }

@@ -90,6 +90,24 @@ def test_a_program_needs_nothing_but_the_c_library(
     assert (said.returncode, said.stdout, said.stderr) == (0, output, "")
 
 
+@pytest.mark.parametrize("bare_machine", ["boot"], indirect=True)
+def test_the_launcher_of_a_boot_runs_once(bare_machine: Path) -> None:
+    """As systemd starts it; otherwise it runs itself again, with the environment that the service has."""
+
+    def starts(*environment: str) -> int:
+        command = ["env", "-i", "LD_DEBUG=files", *environment, "/usr/sbin/chroot", bare_machine]
+        said = subprocess.run(
+            [*command, "/usr/lib/immucore/immucore", "--version"], capture_output=True, text=True, check=True
+        )
+        assert said.stdout == f"immucore {__version__}\n"
+        return said.stderr.count("initialize program: /usr/lib/immucore/immucore")
+
+    ours = native.service_environment("/usr/lib/immucore")
+    assert starts(*ours) == 1
+    assert starts() == 2
+    assert starts(*[word.replace("/immucore", "/elsewhere") for word in ours]) == 2
+
+
 def modules(bundle: Path) -> set[str]:
     return {*CArchiveReader(str(bundle / "immucore")).open_embedded_archive("PYZ.pyz").toc}
 
