@@ -103,6 +103,8 @@ def run_pyinstaller(program: str) -> Path:
         "PYTHONPATH": str(ROOT),
         # Stored, not deflated: smaller once the initramfs is compressed, and the start is no slower.
         "PYINSTALLER_ZLIB_COMPRESSION_LEVEL": "0",
+        # Where in its line an instruction comes from: of use only beside the line, and no source is there.
+        "PYTHONNODEBUGRANGES": "1",
         "PYTHONHASHSEED": "0",
         "SOURCE_DATE_EPOCH": "0",
     }

@@ -10,8 +10,12 @@ import importlib
 import os
 import pkgutil
 import sys
+from typing import TYPE_CHECKING, cast
 
 import immucore
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 # Imported only by a boot that has to wait for a device, which no test of a healthy boot would notice.
 _LAZY = ("pyroute2.netlink.uevent",)
@@ -32,10 +36,17 @@ def _modules() -> list[str]:
     """Name every module of the package, from the frozen program's archive or from the source's folder."""
     if getattr(sys, "frozen", False):
         # pkgutil sees nothing inside PyInstaller's archive; the archive's own table of contents is complete.
-        archive = importlib.import_module("pyimod02_importers").pyz_archive
-        return sorted(name for name in archive.toc if name.split(".")[0] == immucore.__name__)
+        return sorted(name for name in _table() if name.split(".")[0] == immucore.__name__)
     found = pkgutil.walk_packages(immucore.__path__, f"{immucore.__name__}.")
     return sorted([immucore.__name__, *(module.name for module in found)])
+
+
+def _table() -> Iterable[str]:
+    """Answer the archive's table, which is that of frozen/bootstrap.py, or of PyInstaller's own importer."""
+    for importer in sys.meta_path:
+        if table := getattr(importer, "table", None):
+            return cast("Iterable[str]", table)
+    return cast("Iterable[str]", importlib.import_module("pyimod02_importers").pyz_archive.toc)
 
 
 def _libraries() -> list[str]:
