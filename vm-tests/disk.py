@@ -22,6 +22,7 @@ from pathlib import Path
 import derivative
 from derivative import CACHE, cached, digest
 
+from immucore import grubenv
 from immucore.system import filesystems, images
 from immucore.system import partitions as table
 from immucore.system.partitions import MIB
@@ -87,7 +88,8 @@ def cos_disk(
     """
     images = derivative.images(suite)
     changes = {"oem": oem, "recovery": recovery, "state": state, "persistent": persistent}
-    ordinary = {
+    ordinary: dict[str, dict[str, Content]] = {
+        "oem": {"grubenv": grubenv.render({})},
         "recovery": {f"cOS/{name}": images[name] for name in ("recovery.squashfs", "recovery.img")},
         "state": {f"cOS/{name}": images[name] for name in ("active.img", "passive.img")},
     }
