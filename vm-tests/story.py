@@ -38,7 +38,8 @@ def tell(console: Console) -> int:
     if not came_up(console, first):
         return 1
     for step in first.commands[upgrade("panics")].output.splitlines():
-        console.print(f"         {step}", style="cyan", markup=False)
+        if "..." not in step and "%" not in step:
+            console.print(f"         {step}", style="cyan", markup=False)
     line("the machine restarts into what it was upgraded to")
     tries = [
         (rf"(?s)({PANIC}.*){{{number}}}", when(f"try {number}: the kernel panics", "red"))
