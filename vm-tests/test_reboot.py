@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import expect
 import pytest
-from disk import Disk
+from disk import Disk, Partition
 from machine import Machine
 
 LATER, LATER_STILL = "window=2199-01-01 00:00 UTC/2h", "window=2199-02-03 04:00 UTC/2h"
 NOBODY = "etcd: {endpoints: [http://127.0.0.1:1]}"
 SETTINGS = f"mkdir -p /etc/immucore && echo '{NOBODY}' > /etc/immucore/upgrade.yaml"
+CLIENTS, PEERS = "http://127.0.0.1:2379", "http://127.0.0.1:2380"
+ETCD = (
+    "mkdir -p /run/etcd /etc/immucore && mount LABEL=ETCD /run/etcd && chmod 755 /run/etcd/etcd"
+    f" && echo 'etcd: {{endpoints: [{CLIENTS}]}}' > /etc/immucore/upgrade.yaml"
+    " && systemd-run --unit=etcd --service-type=notify /run/etcd/etcd --data-dir /run/etcd/data"
+    f" --listen-client-urls {CLIENTS} --advertise-client-urls {CLIENTS} --listen-peer-urls {PEERS}"
+    f" --initial-advertise-peer-urls {PEERS} --initial-cluster default={PEERS}"
+)
 OPEN = """echo 'window: "*-*-* *:00/5h"' >> /etc/immucore/upgrade.yaml"""
 UNIT = "systemctl show --property=ActiveState,NextElapseUSecRealtime --value immucore-reboot"
 
@@ -75,3 +84,23 @@ def test_in_an_open_window_it_reboots_at_once(machine: Callable[..., Machine], d
 
     assert "rebooting: the window is open" in report.console
     assert (report.ended, report.stage) == ("guest-reset", "none")
+
+
+def test_a_slot_is_taken_for_a_reboot_and_given_back_by_the_next_boot(
+    machine: Callable[..., Machine], cos_disk: Callable[..., Disk]
+) -> None:
+    etcd = Partition(
+        name="etcd", label="ETCD", size_mib=192, files={"etcd": Path("/usr/bin/etcd")}, fstype="ext4"
+    )
+    kept = machine(cos_disk(extra=(etcd,)), expect.ACTIVE, keep_writes=True)
+    first = kept.boot(limit_s=120, commands=(f"{ETCD} && immucore reboot etcd-lock; sleep 120",))
+    taken, free = (f": {number}; immucore reboot-lock status" for number in range(2))
+    release = "timeout 60 immucore reboot-lock release --after-boot"
+    second = kept.boot(limit_s=120, commands=(ETCD, taken, release, free))
+
+    assert (first.ended, first.stage) == ("guest-reset", "none")
+    expect.healthy(second, "active", "/cOS/active.img")
+    assert "immucore/reboot-lock/default: 1 of 1 slots taken" in second.output(taken)
+    assert "0123456789abcdef0123456789abcdef  2" in second.output(taken)
+    assert second.output(release) == "the slot of the reboot lock is given back"
+    assert second.output(free) == "immucore/reboot-lock/default: 0 of 1 slots taken"
