@@ -36,14 +36,14 @@ SUITES = ("bookworm", "trixie")
 PACKAGES = """
 systemd systemd-sysv udev dracut kmod e2fsprogs util-linux mount login passwd attr dmsetup
 """
-# A derivative of another flavour is <suite>-<flavour>: `stacks` has what assembles LUKS, LVM and md, and a
-# kernel that knows USB; `selinux` has a policy, and its images have labels.
+# A derivative of another flavour is <suite>-<flavour>: `stacks` has what assembles LUKS, LVM and md, a
+# kernel that knows USB and watchdogs, and a policy of SELinux', whose labels its images have.
 FLAVOURS = {
     "": "linux-image-cloud-amd64",
     "stacks": (
         "linux-image-amd64 cryptsetup-bin lvm2 mdadm libtss2-esys-3.0.2-0 libtss2-rc0 libtss2-tcti-device0"
+        " selinux-policy-default policycoreutils selinux-utils"
     ),
-    "selinux": "linux-image-cloud-amd64 selinux-policy-default policycoreutils selinux-utils",
 }
 # Never unpacked: nothing in a boot reads them, and dpkg and mke2fs take their time over them.
 EXCLUDED = (
@@ -396,7 +396,7 @@ usr/bin/*perl* usr/lib/*/perl* usr/lib/*/gconv usr/lib/*/libperl* usr/share/i18n
 """
 # The modules that images keep: what a test may boot from or mount. The others udev would load for nothing.
 MODULES = """
-fs lib crypto drivers/virtio drivers/block drivers/md drivers/nvme drivers/char/hw_random
+fs lib crypto drivers/virtio drivers/block drivers/md drivers/nvme drivers/char/hw_random drivers/watchdog
 """
 SLOTS = ("active", "passive", "recovery")
 LABELS = {"active": "COS_ACTIVE", "passive": "COS_PASSIVE", "recovery": "COS_SYSTEM"}

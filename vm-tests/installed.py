@@ -11,7 +11,7 @@ import contextlib
 import functools
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ IMPATIENT = f"""\
 stages:
   initramfs:
     - if: grep -q {FAULT} /proc/cmdline
-      files: [{{path: /etc/immucore/health.yaml, content: "deadline: 45"}}]
+      files: [{{path: /etc/immucore/health.yaml, content: "deadline: 30"}}]
 """
 
 # Commands in the machine.
@@ -61,14 +61,14 @@ STATUS = "immucore boot status --json"
 JUDGED = "timeout 120 sh -c 'until grep -q good /run/immucore/health.json; do sleep 0.2; done'"
 
 
-def tree(name: str = "first", files: Mapping[str, str] | None = None, more: str = "") -> Path:
+def tree(name: str = "first", more: str = "", suite: str = SUITE) -> Path:
     """Return what an image is made of; see derivative.bootable_tree."""
-    return derivative.bootable_tree(SUITE, name, {**FILES, **(files or {})}, more)
+    return derivative.bootable_tree(suite, name, FILES, more)
 
 
-def source(name: str, files: Mapping[str, str] | None = None, more: str = "") -> Extra:
+def source(name: str, more: str = "") -> Extra:
     """Return a disk with a tree that a machine can upgrade to: `upgrade(name)`."""
-    content = tree(name, files, more)
+    content = tree(name, more)
 
     def make(target: Path) -> None:
         mebibytes = int(run("du", "-sm", content).split()[0]) * 5 // 4 + 24
@@ -89,9 +89,9 @@ def upgrade(name: str, *options: str) -> str:
 
 
 @functools.cache
-def disk() -> Disk:
+def disk(suite: str = SUITE) -> Disk:
     """Return the disk that `immucore install` makes for both firmwares; all tests share it."""
-    content = tree()
+    content = tree(suite=suite)
     words = [
         "install",
         "--json",
@@ -106,7 +106,9 @@ def disk() -> Disk:
             (root / "impatient.yaml").write_text(IMPATIENT)
             set_environment(root, **ENVIRONMENT)
 
-    return described(cached("installed", digest(content.name, PROGRAM.parent, repr(words), CODE), make))
+    return described(
+        cached(f"{suite}-installed", digest(content.name, PROGRAM.parent, repr(words), CODE), make)
+    )
 
 
 def set_environment(oem: Path, tries: int = 3, **values: str) -> None:
@@ -124,10 +126,10 @@ def described(path: Path) -> Disk:
     return Disk(path, SUITE, partitions, {each["name"]: each["start"] * 512 for each in table})
 
 
-def changed(work: Path, name: str, what: Callable[[Path], object]) -> Disk:
+def changed(work: Path, name: str, what: Callable[[Path], object], suite: str = SUITE) -> Disk:
     """Return an installed disk of a test's own, with something done to one of its partitions."""
     own = work / "disk.raw"
-    run("cp", "--sparse=always", "--reflink=auto", disk().path, own)
+    run("cp", "--sparse=always", "--reflink=auto", disk(suite).path, own)
     with mounted(described(own), name) as root:
         what(root)
     return described(own)

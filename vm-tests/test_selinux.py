@@ -26,7 +26,7 @@ def test_what_the_agent_makes_is_labelled(
     machine: Callable[..., Machine], cos_disk: Callable[..., Disk]
 ) -> None:
     """Overlays, tmpfs and copies have the policy's labels, and a label of somebody's own stays."""
-    disk = cos_disk(suite="bookworm-selinux", oem={"cos-layout.env": LAYOUT})
+    disk = cos_disk(suite="bookworm-stacks", oem={"cos-layout.env": LAYOUT})
     booted = machine(disk, f"{expect.ACTIVE} security=selinux selinux=1", keep_writes=True)
 
     first = booted.boot(limit_s=120, commands=(ENFORCE, VERIFY, LABEL, DENIED))
