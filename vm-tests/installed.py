@@ -45,7 +45,7 @@ FILES = {
         "[Service]\nType=oneshot\nTimeoutStartSec=infinity\nExecStart=/bin/sleep infinity\n"
     ),
     "etc/systemd/system/crash.service": (
-        f"[Unit]\nConditionKernelCommandLine={FAULT}=crash\n[Service]\nExecStart=/bin/kill -SEGV 1\n"
+        f"[Unit]\nConditionKernelCommandLine={FAULT}=crash\n[Service]\nExecStart=/bin/sh -c 'kill -SEGV 1'\n"
     ),
 }
 # Who waits for a failing boot waits for its deadline.
