@@ -88,9 +88,10 @@ def _named(state: BootState, which: str) -> str:
         )
     values = state.environment.read()
     found = boot_status.survey(booted.look("judge an image"), values)
-    image = next(each for each in found if each.slot == slot)
+    image = next(each for each in found.images if each.slot == slot)
     if image.count is None:
-        raise CmdlineError(f"cannot judge {slot} bad: there is no image in it")
+        reason = "; ".join(found.problems) or "there is no image in it"
+        raise CmdlineError(f"cannot judge {slot} bad: {reason}")
     return image.count.image_id
 
 

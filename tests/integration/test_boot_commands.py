@@ -73,6 +73,7 @@ def test_status_of_a_good_boot(boot: Boot) -> None:
         "next_entry": "",
         "saved_entry": "",
         "environment": {"path": "/sysroot/oem/grubenv", "problem": ""},
+        "problems": [],
     }
     for slot, source in (("active", "dir:/a"), ("passive", "dir:/p"), ("recovery", "dir:/r")):
         assert found["slots"][slot] == {
@@ -148,6 +149,38 @@ def test_status_without_an_environment_block(boot: Boot) -> None:
     assert status(here)[1]["environment"]["problem"] == problem
     lines = here.run("boot", "status").stdout.splitlines()
     assert lines[-1] == f"boots are not counted: /sysroot/oem/grubenv: {problem}"
+
+
+@pytest.mark.parametrize(("slot", "lost"), [("active", "recovery"), ("recovery", "state")])
+def test_status_without_one_of_the_partitions(boot: Boot, slot: str, lost: str) -> None:
+    here = boot(slot)
+    here.machine.record(here.machine.part(lost)).unlink()
+    code, found = status(here)
+    assert code == 5
+    missing = [name for name, holder in upgrading.HOLDERS.items() if holder == lost]
+    assert [name for name, each in found["slots"].items() if each["state"] == "missing"] == missing
+    assert sorted(found["slots"]) == ["active", "passive", "recovery"]
+    assert [name for name, each in found["slots"].items() if each["running"]] == [slot]
+    (problem,) = found["problems"]
+    assert problem == f"cannot find a filesystem labelled 'COS_{lost.upper()}'"
+    ran = here.run("boot", "status")
+    assert (ran.status, ran.stderr) == (5, "")
+    assert f"\n{problem}\nbooted: {slot}\n" in ran.stdout
+    if lost == "state":
+        ran = here.run("boot", "bad", "passive")
+        assert (ran.status, ran.stderr) == (2, f"immucore: cannot judge passive bad: {problem}\n")
+
+
+def test_status_with_a_partition_that_cannot_be_mounted(boot: Boot) -> None:
+    here = boot()
+    device = here.machine.part("recovery")
+    here.machine.run("wipefs", "--all", "--force", device)
+    code, found = status(here)
+    assert code == 5
+    assert found["slots"]["recovery"]["state"] == "missing"
+    assert found["slots"]["active"]["running"] is True
+    reason = f"'{device}': Invalid argument"
+    assert found["problems"] == [f"cannot look at the images on COS_RECOVERY: {reason}"]
 
 
 def test_status_tells_the_health_service(boot: Boot) -> None:
