@@ -537,6 +537,7 @@ def secured(guarded: Etcd, tmp_path: Path) -> Settings:
     """Give settings with which it answers."""
     assert guarded.certificates
     (tmp_path / "password").write_text("secret\n")
+    (tmp_path / "password").chmod(0o600)
     cert, key = guarded.certificates.client
     return {
         "endpoints": [guarded.endpoint],
@@ -617,6 +618,7 @@ def test_a_key_with_a_passphrase_and_one_of_another_certificate(
 
 def test_a_user_where_etcd_asks_for_none(plain: Etcd, tmp_path: Path) -> None:
     (tmp_path / "password").write_text("secret\n")
+    (tmp_path / "password").chmod(0o600)
     who = {"user": "fleet", "password-file": str(tmp_path / "password")}
     with pytest.raises(EtcdError, match="authentication is not enabled"):
         Lock(etcd.access({"endpoints": [plain.endpoint], **who})).look()
