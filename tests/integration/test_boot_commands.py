@@ -234,6 +234,18 @@ def test_bad_of_another_slot_or_image(boot: Boot, slot: str) -> None:
     assert here.values() == {f"tries_{passive}": "0", f"tries_{other}": "0"}
 
 
+def test_bad_of_nothing_is_not_what_runs(boot: Boot) -> None:
+    """`immucore boot bad "$slot"`, with a variable that is empty."""
+    here = boot()
+    ran = here.run("boot", "bad", "")
+    assert (ran.status, ran.stdout) == (2, "")
+    assert ran.stderr == (
+        "immucore: cannot judge '' bad: that is neither active nor passive, nor an image id\n"
+        "  hint: immucore boot status lists them\n"
+    )
+    assert here.values() == {}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -404,6 +404,8 @@ def test_what_an_operator_sees(
     assert operator("release", "0123") == 0
     assert capsys.readouterr().out == "the slot of machine 0123 is given back\n"
     lock(plain).acquire(Holder(machine="operator", boot="b"))
+    assert operator("release", "") == 2  # "$machine", with a variable that is empty
+    assert "cannot give the slot of machine '' back: it has taken none" in capsys.readouterr().err
     assert operator("release") == 0
     assert [each["machine"] for each in plain.value(KEY)["holders"]] == ["4567"]
     assert operator("set-max", "0") == 0
