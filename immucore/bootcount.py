@@ -63,11 +63,6 @@ def order(saved: str, active: Count | None, passive: Count | None, last_resort: 
     return tuple(dict.fromkeys((*good, RECOVERY, *rest)))
 
 
-def choose(saved: str, active: Count | None, passive: Count | None) -> str:
-    """Return the slot to boot, the first in the order: recovery where both are bad."""
-    return order(saved, active, passive)[0]
-
-
 def boot(
     values: Mapping[str, str],
     active: str | None,

@@ -53,6 +53,7 @@ class Computer:
     oem: Mapping[str, str] = field(default_factory=dict)
     without: tuple[str, ...] = ()  # partitions
     recovery_name: str = "recovery.img"
+    stick: Mapping[str, str] | None = None  # another disk, labelled COS_OEM: what it holds
     console: str = ""
     _oem: int = 0  # where the partition begins
 
@@ -62,8 +63,10 @@ class Computer:
         `keys` are typed when the menu is there.
         """
         disk = self._disk()
-        arguments = [*QEMU.split(), "-accel", "tcg,tb-size=64", *drive(disk, "disk0", "raw")]
-        arguments[-1] += ",bootindex=0"
+        arguments = [*QEMU.split(), "-accel", "tcg,tb-size=64", *self._stick()]
+        arguments += drive(disk, "disk0", "raw")
+        if self.stick is None or self.platform != "x86_64-efi":  # whose firmware shows no other disk then
+            arguments[-1] += ",bootindex=0"
         if self.platform == "x86_64-efi":
             variables = shutil.copy(VARIABLES, self.work / "variables")
             arguments += ["-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={FIRMWARE}"]
@@ -78,6 +81,19 @@ class Computer:
             self.console = guest.console
         self.block = self._environment(disk)
         return started(self.console)
+
+    def _stick(self) -> list[str]:
+        """Make the other disk, where there is one, and return QEMU's arguments for it."""
+        if self.stick is None:
+            return []
+        tree, target = self.work / "stick.d", self.work / "stick"
+        shutil.rmtree(tree, ignore_errors=True)
+        tree.mkdir()
+        for path, text in self.stick.items():
+            (tree / path).write_text(text)
+        target.unlink(missing_ok=True)
+        ext4(target, tree, "COS_OEM", SIZES_MIB["oem"])
+        return drive(target, "stick", "raw")
 
     def _disk(self) -> Path:
         """Make the disk."""

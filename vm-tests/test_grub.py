@@ -13,6 +13,7 @@ from grub import Computer, Image
 
 from immucore import bootcount, grubenv
 from immucore.bootcount import ACTIVE, PASSIVE, RECOVERY
+from immucore.system import bootloader
 
 A = Image("A", "0123456789abcdef_00000001")
 B = Image("B", "0123456789abcdef_00000002")
@@ -343,6 +344,17 @@ def test_lines_of_the_derivative_come_last(computer: Callable[..., Computer]) ->
     started = machine.boot()
     assert started is not None
     assert f"root=LABEL=X cos-img/filename=/cOS/passive.img {COUNTING}" in started.cmdline
+
+
+@pytest.mark.parametrize("platform", bootloader.PACKAGES)
+@pytest.mark.parametrize("without", [(), ("oem",)], ids=["own", "no-own"])
+def test_another_disk_configures_nothing(
+    computer: Callable[..., Computer], platform: str, without: tuple[str, ...]
+) -> None:
+    settings = grubenv.render({"saved_entry": "recovery", "extra_cmdline": "init=/bin/sh"}).decode()
+    stick = {"grubenv": settings, "grubcustom": "set timeout=0\nset default=passive\n"}
+    machine = computer(stick=stick, platform=platform, without=without)
+    assert booted(machine) == (ACTIVE, "" if without else COUNTING)
 
 
 def test_slots_with_efi(computer: Callable[..., Computer]) -> None:

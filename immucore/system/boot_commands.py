@@ -61,7 +61,8 @@ def _good(_: argparse.Namespace) -> int:
 
 def _bad(arguments: argparse.Namespace) -> int:
     state = boot_state.read()
-    image_id = _named(state, arguments.which) if arguments.which else _running(state, "bad")
+    which = arguments.which
+    image_id = _running(state, "bad") if which is None else _named(state, which)
     count = _judge(state, image_id, bootcount.condemned)
     print(f"{count.image_id} is bad: it is not booted again")
     return 0
@@ -88,9 +89,10 @@ def _named(state: BootState, which: str) -> str:
         )
     values = state.environment.read()
     found = boot_status.survey(booted.look("judge an image"), values)
-    image = next(each for each in found if each.slot == slot)
+    image = next(each for each in found.images if each.slot == slot)
     if image.count is None:
-        raise CmdlineError(f"cannot judge {slot} bad: there is no image in it")
+        reason = "; ".join(found.problems) or "there is no image in it"
+        raise CmdlineError(f"cannot judge {slot} bad: {reason}")
     return image.count.image_id
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from immucore import bootcount, process, report, syscalls
 from immucore.bootcount import ACTIVE, BAD, COUNTED, PASSIVE, RECOVERY
+from immucore.errors import ImmucoreError
 from immucore.log import printable
 from immucore.system import boot_state, booted, health_notice, images, slots, state_file
 from immucore.system.boot_state import MISSING
@@ -47,24 +48,38 @@ class Image(Record):
         return self.count.state if self.count else ""
 
 
-def survey(here: Booted, values: Mapping[str, str]) -> list[Image]:
-    """Look at the images of all slots; the mounts of this process are its own then. Raises ImmucoreError."""
+class Survey(Record):
+    """What was found in the slots, and why partitions could not be looked at: their slots are missing."""
+
+    images: tuple[Image, ...]
+    problems: tuple[str, ...] = ()
+
+
+def survey(here: Booted, values: Mapping[str, str]) -> Survey:
+    """Look at the images of all slots; the mounts of this process are its own then. Raises ImageError."""
     try:
         syscalls.leave_mounts()
-        return _survey(here, values)
     except OSError as error:
         raise ImageError(f"cannot look at the images of this machine: {told(error)}") from None
-
-
-def _survey(here: Booted, values: Mapping[str, str]) -> list[Image]:
     found: list[Image] = []
+    problems = []
     for label in (booted.STATE, booted.RECOVERY):
-        if label == booted.MODES[here.mode]:
-            found += _images(booted.HOLDER, label, here, values)
-        else:
-            with booted.readable(here.partition(label), "status") as top:
-                found += _images(top, label, here, values)
-    return found
+        try:
+            found += _partition(label, here, values)
+            continue
+        except ImmucoreError as error:
+            problems.append(error.message)
+        except OSError as error:
+            problems.append(f"cannot look at the images on {label}: {told(error)}")
+        found += [Image(slot=slot) for slot, holder in booted.MODES.items() if holder == label]
+    return Survey(images=tuple(found), problems=tuple(problems))
+
+
+def _partition(label: str, here: Booted, values: Mapping[str, str]) -> list[Image]:
+    if label == booted.MODES[here.mode]:
+        return list(_images(booted.HOLDER, label, here, values))
+    with booted.readable(here.partition(label), "status") as top:
+        return list(_images(top, label, here, values))
 
 
 def _images(top: str, label: str, here: Booted, values: Mapping[str, str]) -> Iterator[Image]:
@@ -114,24 +129,26 @@ def show(arguments: argparse.Namespace) -> int:
     else:
         for line in lines(facts):
             print(printable(line))
-    return FELL_BACK if state.reason or any(image.state == BAD for image in found) else 0
+    bad = any(image.state == BAD for image in found.images)
+    return FELL_BACK if state.reason or bad or found.problems else 0
 
 
-def _facts(state: BootState, found: list[Image], values: Mapping[str, str]) -> dict[str, Any]:
-    ids = {image.slot: (image.image_id or image.slot) if image.path else None for image in found}
+def _facts(state: BootState, found: Survey, values: Mapping[str, str]) -> dict[str, Any]:
+    ids = {image.slot: (image.image_id or image.slot) if image.path else None for image in found.images}
     upcoming, _ = bootcount.boot(values, ids[ACTIVE], ids[PASSIVE], [] if ids[RECOVERY] else [RECOVERY])
     return {
         "schema": report.SCHEMA,
         "booted": state.mode,
         "wanted": state.wanted,
-        "reason": boot_state.reason(state, {image.slot: image.state for image in found}),
+        "reason": boot_state.reason(state, {image.slot: image.state for image in found.images}),
         "image_id": state.image_id,
         "health": health_notice.read(),
         "next": upcoming,
         "next_entry": values.get("next_entry", ""),
         "saved_entry": values.get("saved_entry", ""),
         "environment": {"path": str(state.environment.path), "problem": state.environment.problem},
-        "slots": {image.slot: _of_slot(image) for image in found},
+        "problems": list(found.problems),
+        "slots": {image.slot: _of_slot(image) for image in found.images},
     }
 
 
@@ -157,6 +174,7 @@ def lines(facts: Mapping[str, Any]) -> Iterator[str]:
         origin = [image["label"], image["source"], image["date"]]
         if any(origin):
             yield f"            {'  '.join(filter(None, origin))}"
+    yield from facts["problems"]
     yield f"booted: {facts['booted']}"
     if facts["reason"]:
         yield f"    instead of {facts['wanted']}: {facts['reason']}"

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import base64
 import http.client
+import ipaddress
 import json
+import os
 import ssl
 from typing import Any
 from urllib.parse import urlsplit
@@ -61,6 +63,11 @@ def access(setting: object) -> Access:
         raise _unusable("'cert' and 'key' go together")
     if bool(found.user) != bool(found.password_file):
         raise _unusable("'user' and 'password-file' go together")
+    if found.user and (exposed := [endpoint for endpoint in endpoints if not _is_private(endpoint)]):
+        raise _unusable(
+            f"the password of 'user' would go to '{exposed[0]}' in clear",
+            hint="use https:// for all endpoints",
+        )
     if any(urlsplit(endpoint).scheme == "https" for endpoint in endpoints):
         _context(found)
     return found
@@ -78,6 +85,16 @@ def _check_endpoint(endpoint: object) -> None:
         good = False
     if not good or url.path not in ("", "/") or url.query or url.fragment or "@" in url.netloc:
         raise _unusable(f"the endpoint '{endpoint}' is no URL of a server")
+
+
+def _is_private(endpoint: str) -> bool:
+    """Tell whether nobody on a network can read what goes there."""
+    url = urlsplit(endpoint)
+    host = str(url.hostname)
+    try:
+        return url.scheme == "https" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
 
 
 def _context(found: Access) -> ssl.SSLContext:
@@ -185,14 +202,7 @@ class Client:
                 return self._post(endpoint, path, body)
             except (ConnectionError, http.client.HTTPException, _Refused):
                 self._token = ""
-        try:
-            with open(self._access.password_file, encoding="utf-8") as file:
-                password = file.read().rstrip("\r\n")
-        except (OSError, ValueError) as error:
-            raise _unusable(
-                f"cannot read '{self._access.password_file}': {_words(error)}", hint=""
-            ) from None
-        who = {"name": self._access.user, "password": password}
+        who = {"name": self._access.user, "password": _password(self._access.password_file)}
         self._token = str(self._post(endpoint, "/v3/auth/authenticate", who).get("token", ""))
         return self._post(endpoint, path, body)
 
@@ -213,6 +223,17 @@ class Client:
             return _answer(response.status, response.read(MAX_ANSWER_BYTES))
         finally:
             connection.close()
+
+
+def _password(path: str) -> str:
+    """Read the file of a password, which is a secret. Raises SettingsError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            if os.fstat(file.fileno()).st_mode & 0o077:
+                raise _unusable(f"others than its owner can use '{path}'", hint=f"chmod 600 {path}")
+            return file.read().rstrip("\r\n")
+    except (OSError, ValueError) as error:
+        raise _unusable(f"cannot read '{path}': {_words(error)}", hint="") from None
 
 
 def _answer(status: int, content: bytes) -> dict[str, Any]:

@@ -24,6 +24,7 @@ FOLDERS = ("usr/lib/immucore/checks.d", "etc/immucore/checks.d")
 EXTENSIONS = ("sysext", "confext")  # what systemd-sysext mounts over /opt, /usr and /etc
 _MOUNTS = f"{report.DIRECTORY}/mounts"
 _SYSTEMCTL_SEC = 20.0
+_MAX_SEC = 10**9  # 31 years
 _LAST_CHARACTERS = 300  # of what a check has printed
 
 
@@ -46,7 +47,7 @@ def configured(root: str) -> tuple[Settings, list[str]]:
     for name, value in given.items():
         if name not in Settings._fields:
             problems.append(f"'{name}' in '{path}' is not known: there are {', '.join(Settings._fields)}")
-        elif isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MAX_SEC:
             problems.append(f"'{name}' in '{path}' has to be a number of seconds: {value!r} is none")
         else:
             values[name] = value

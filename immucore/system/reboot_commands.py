@@ -90,7 +90,9 @@ def _release(arguments: argparse.Namespace) -> int:
 
         reboot.release_after_boot(Console())
         return 0
-    machine = arguments.machine or reboot_lock.this_machine().machine
+    machine = arguments.machine
+    if machine is None:
+        machine = reboot_lock.this_machine().machine
     if not reboot_lock.open_lock().release(machine):
         raise SettingsError(
             f"cannot give the slot of machine '{machine}' back: it has taken none",

@@ -17,21 +17,18 @@ class SettingsError(ImmucoreError):
 
 def read(path: str = "") -> dict[str, Any]:
     """Read the settings of a file, PATH by default; one that is not there has none. Raises SettingsError."""
-    import yaml
+    from immucore.system import plain_yaml
 
     path = path or PATH
     try:
-        with open(path, encoding="utf-8") as file:
-            settings = yaml.safe_load(file)
+        with open(path, "rb") as file:
+            settings = plain_yaml.load(file.read())
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise SettingsError(f"cannot read '{path}': {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or no such day
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        reason = f"{getattr(error, 'problem', None) or 'it is no YAML'}{where}"
-        raise SettingsError(f"cannot read '{path}': {reason}", hint="correct it") from None
+    except ValueError as error:
+        raise SettingsError(f"cannot read '{path}': {error}", hint="correct it") from None
     if settings is None:
         return {}
     if not isinstance(settings, dict):

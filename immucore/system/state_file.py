@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from immucore import files
+from immucore.system import plain_yaml
 from immucore.values import Record
 
 if TYPE_CHECKING:
@@ -107,8 +108,8 @@ def read(directory: str) -> State:
     """Read the state.yaml of a partition that is mounted there; what is none says nothing."""
     try:
         with open(os.path.join(directory, NAME), "rb") as file:
-            return State(yaml.safe_load(file.read(_MAX_BYTES)))
-    except (OSError, yaml.YAMLError, ValueError, RecursionError):
+            return State(plain_yaml.load(file.read(_MAX_BYTES)))
+    except (OSError, ValueError):
         return State()
 
 

@@ -73,6 +73,7 @@ def test_status_of_a_good_boot(boot: Boot) -> None:
         "next_entry": "",
         "saved_entry": "",
         "environment": {"path": "/sysroot/oem/grubenv", "problem": ""},
+        "problems": [],
     }
     for slot, source in (("active", "dir:/a"), ("passive", "dir:/p"), ("recovery", "dir:/r")):
         assert found["slots"][slot] == {
@@ -150,6 +151,38 @@ def test_status_without_an_environment_block(boot: Boot) -> None:
     assert lines[-1] == f"boots are not counted: /sysroot/oem/grubenv: {problem}"
 
 
+@pytest.mark.parametrize(("slot", "lost"), [("active", "recovery"), ("recovery", "state")])
+def test_status_without_one_of_the_partitions(boot: Boot, slot: str, lost: str) -> None:
+    here = boot(slot)
+    here.machine.record(here.machine.part(lost)).unlink()
+    code, found = status(here)
+    assert code == 5
+    missing = [name for name, holder in upgrading.HOLDERS.items() if holder == lost]
+    assert [name for name, each in found["slots"].items() if each["state"] == "missing"] == missing
+    assert sorted(found["slots"]) == ["active", "passive", "recovery"]
+    assert [name for name, each in found["slots"].items() if each["running"]] == [slot]
+    (problem,) = found["problems"]
+    assert problem == f"cannot find a filesystem labelled 'COS_{lost.upper()}'"
+    ran = here.run("boot", "status")
+    assert (ran.status, ran.stderr) == (5, "")
+    assert f"\n{problem}\nbooted: {slot}\n" in ran.stdout
+    if lost == "state":
+        ran = here.run("boot", "bad", "passive")
+        assert (ran.status, ran.stderr) == (2, f"immucore: cannot judge passive bad: {problem}\n")
+
+
+def test_status_with_a_partition_that_cannot_be_mounted(boot: Boot) -> None:
+    here = boot()
+    device = here.machine.part("recovery")
+    here.machine.run("wipefs", "--all", "--force", device)
+    code, found = status(here)
+    assert code == 5
+    assert found["slots"]["recovery"]["state"] == "missing"
+    assert found["slots"]["active"]["running"] is True
+    reason = f"'{device}': Invalid argument"
+    assert found["problems"] == [f"cannot look at the images on COS_RECOVERY: {reason}"]
+
+
 def test_status_tells_the_health_service(boot: Boot) -> None:
     here = boot()
     told = {"schema": 1, "verdict": "waiting", "reasons": ["a", "b"]}
@@ -199,6 +232,18 @@ def test_bad_of_another_slot_or_image(boot: Boot, slot: str) -> None:
     other = "0123456789abcdef_01234567"
     assert here.run("boot", "bad", other).status == 0
     assert here.values() == {f"tries_{passive}": "0", f"tries_{other}": "0"}
+
+
+def test_bad_of_nothing_is_not_what_runs(boot: Boot) -> None:
+    """`immucore boot bad "$slot"`, with a variable that is empty."""
+    here = boot()
+    ran = here.run("boot", "bad", "")
+    assert (ran.status, ran.stdout) == (2, "")
+    assert ran.stderr == (
+        "immucore: cannot judge '' bad: that is neither active nor passive, nor an image id\n"
+        "  hint: immucore boot status lists them\n"
+    )
+    assert here.values() == {}
 
 
 @pytest.mark.parametrize(

@@ -404,6 +404,8 @@ def test_what_an_operator_sees(
     assert operator("release", "0123") == 0
     assert capsys.readouterr().out == "the slot of machine 0123 is given back\n"
     lock(plain).acquire(Holder(machine="operator", boot="b"))
+    assert operator("release", "") == 2  # "$machine", with a variable that is empty
+    assert "cannot give the slot of machine '' back: it has taken none" in capsys.readouterr().err
     assert operator("release") == 0
     assert [each["machine"] for each in plain.value(KEY)["holders"]] == ["4567"]
     assert operator("set-max", "0") == 0
@@ -537,6 +539,7 @@ def secured(guarded: Etcd, tmp_path: Path) -> Settings:
     """Give settings with which it answers."""
     assert guarded.certificates
     (tmp_path / "password").write_text("secret\n")
+    (tmp_path / "password").chmod(0o600)
     cert, key = guarded.certificates.client
     return {
         "endpoints": [guarded.endpoint],
@@ -617,6 +620,7 @@ def test_a_key_with_a_passphrase_and_one_of_another_certificate(
 
 def test_a_user_where_etcd_asks_for_none(plain: Etcd, tmp_path: Path) -> None:
     (tmp_path / "password").write_text("secret\n")
+    (tmp_path / "password").chmod(0o600)
     who = {"user": "fleet", "password-file": str(tmp_path / "password")}
     with pytest.raises(EtcdError, match="authentication is not enabled"):
         Lock(etcd.access({"endpoints": [plain.endpoint], **who})).look()

@@ -58,7 +58,7 @@ def bootable(here: Upgradable) -> dict[str, str | None]:
     assert images["active"]
     assert images["passive"]
     counts = [bootcount.read(here.values(), str(images[slot])) for slot in bootcount.COUNTED]
-    assert bootcount.choose("", *counts) != bootcount.RECOVERY
+    assert bootcount.order("", *counts)[0] != bootcount.RECOVERY
     return images
 
 

@@ -118,6 +118,7 @@ def facts(**changes: Any) -> dict[str, Any]:
         "next_entry": "",
         "saved_entry": "",
         "environment": {"path": "/oem/grubenv", "problem": ""},
+        "problems": [],
         "slots": {"active": {**slot, "state": "missing", "left": None}},
     }
     return whole | changes

@@ -91,7 +91,7 @@ def test_a_choice(saved: str, active: str, passive: str) -> None:
         None if (left := STATES[name]) is None else Count(image_id=image_id, left=left)
         for name, image_id in ((active, ID), (passive, OTHER))
     ]
-    assert bootcount.choose(saved, *slots) == CHOICES[saved, active, passive]
+    assert bootcount.order(saved, *slots)[0] == CHOICES[saved, active, passive]
 
 
 def test_what_remains_when_recovery_cannot_be_loaded_goes_by_turns() -> None:
@@ -140,7 +140,7 @@ def test_what_cannot_be_booted_once_is_left_for_this_boot() -> None:
 )
 def test_the_names_that_peers_have_mean_the_same(said: str, meant: str) -> None:
     for active, passive in itertools.product((None, count(0), count(3)), repeat=2):
-        assert bootcount.choose(said, active, passive) == bootcount.choose(meant, active, passive)
+        assert bootcount.order(said, active, passive) == bootcount.order(meant, active, passive)
 
 
 @pytest.mark.parametrize(

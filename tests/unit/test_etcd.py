@@ -22,9 +22,9 @@ Serve = Callable[[int, bytes], str]
 
 
 def test_all_that_can_be_set() -> None:
-    urls = ["http://a", "http://b:1/"]
+    urls = ["https://a", "https://b:1/"]
     found = etcd.access({"endpoints": urls, "user": "u", "password-file": "/p", "group": "g"})
-    assert found.endpoints == ("http://a", "http://b:1/")
+    assert found.endpoints == ("https://a", "https://b:1/")
     assert (found.user, found.password_file, found.group) == ("u", "/p", "g")
     assert etcd.access({"endpoints": HERE}).group == "default"
 
@@ -198,8 +198,34 @@ def test_a_name_that_no_server_can_have() -> None:
         Client(etcd.access({"endpoints": ["http://a..b"]})).get("k")
 
 
+@pytest.mark.parametrize("endpoint", ["http://10.0.0.1:2379", "http://localhost.example", "http://[::2]"])
+def test_a_password_goes_over_no_network_in_clear(endpoint: str) -> None:
+    who = {"user": "u", "password-file": "/p"}
+    with pytest.raises(SettingsError) as caught:
+        etcd.access({"endpoints": ["https://a", endpoint], **who})
+    reason = f"the password of 'user' would go to '{endpoint}' in clear"
+    assert caught.value.message == f"cannot use 'etcd' of '/etc/immucore/upgrade.yaml': {reason}"
+    assert caught.value.hint == "use https:// for all endpoints"
+    for here in ("http://127.0.0.2:1", "http://[::1]:1", "http://localhost:1"):
+        assert etcd.access({"endpoints": [here], **who}).endpoints == (here,)
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620])
+def test_a_password_that_others_can_read(serve: Serve, tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "password"
+    path.write_text("pw")
+    path.chmod(mode)
+    who = {"user": "u", "password-file": str(path)}
+    with pytest.raises(SettingsError) as caught:
+        Client(etcd.access({"endpoints": [serve(200, b"{}")], **who})).get("k")
+    reason = f"others than its owner can use '{path}'"
+    assert caught.value.message == f"cannot use 'etcd' of '/etc/immucore/upgrade.yaml': {reason}"
+    assert caught.value.hint == f"chmod 600 {path}"
+
+
 def test_a_token_that_is_none(serve: Serve, tmp_path: Path) -> None:
     (tmp_path / "password").write_text("pw")
+    (tmp_path / "password").chmod(0o600)
     who = {"user": "u", "password-file": str(tmp_path / "password")}
     for answer, reason in ((b'{"token": "a\\nb"}', "Invalid header value"), (b"{}", None)):
         client = Client(etcd.access({"endpoints": [serve(200, answer)], **who}))

@@ -91,6 +91,17 @@ def look_at(state: State) -> None:
     assert yaml.safe_load(state.text())["failed"]
 
 
+@pytest.mark.parametrize(
+    "value", ['!!int ""', "!!bool x", "!!timestamp x", "!!float x", "0x" + "f" * 5000, "9" * 5000]
+)
+@pytest.mark.parametrize("name", ["date", "failed", "state"])
+def test_a_value_that_is_not_what_it_says(tmp_path: Path, name: str, value: str) -> None:
+    (tmp_path / "state.yaml").write_text(f"{name}: {value}\n")
+    look_at(state_file.read(str(tmp_path)))
+    (tmp_path / "state.yaml").write_text(f"state: {{active: {{image_id: {value}}}}}\n")
+    look_at(state_file.read(str(tmp_path)))
+
+
 def test_what_nests_too_deep_says_nothing(tmp_path: Path) -> None:
     (tmp_path / "state.yaml").write_text("[" * 100_000)
     assert state_file.read(str(tmp_path)).failed == ()
