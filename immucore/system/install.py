@@ -60,6 +60,7 @@ def _install(request: Request, source: Source, disk: Disk, console: Console) -> 
         deployment.stage(made, request.oem, layout, work)
         for note in deployment.check_room(layout, made, work):
             console.say(f"note: {note}")
+        _refuse(disk, request, layout)  # once more: making images has taken minutes
         deployment.write(disk, layout, work, console)
     sizes = ", ".join(f"{each.name} {each.size_mib}" for each in layout)
     console.result(

@@ -433,6 +433,24 @@ def test_a_disk_in_use_is_refused_whatever_is_said(install: Install, place: Path
         assert f"--target {device}\n" in refused.stderr
 
 
+def test_a_disk_that_comes_into_use_while_images_are_made_is_refused(
+    program: Sequence[str], place: Path, tree: Path
+) -> None:
+    disk = new_file(place)
+    ext4(disk)
+    with loop(disk) as device:
+        words = ("--wipe", "--target", device, "--firmware", "both", "--scratch", place, *SMALL)
+        with started(program, *words, f"dir:{tree}") as process:
+            until(process, "making active.img")
+            process.send_signal(signal.SIGSTOP)
+            with mounted(device, "ro") as there:
+                process.send_signal(signal.SIGCONT)
+                _, stderr = process.communicate()
+                assert f"it is in use: {device} is mounted on '{there}'" in stderr
+        assert process.returncode == 3
+        assert native.command("e2label", device) == "DATA\n"
+
+
 def test_two_at_once(install: Install, place: Path, tree: Path) -> None:
     disk = new_file(place)
     with subprocess.Popen(["flock", disk, "sleep", "60"]) as other:
