@@ -195,15 +195,29 @@ def created(path: str, size_mib: int, name: str) -> Iterator[Disk]:
     descriptor = _open(path, os.O_CREAT | os.O_NOFOLLOW)
     try:
         _lock(path, descriptor)
+        if not _is_at(path, descriptor):
+            raise DeviceError(
+                f"cannot install on '{name}': another installation has made it meanwhile",
+                hint="take another name, or remove it",
+            )
         try:
             os.ftruncate(descriptor, 0)
             os.ftruncate(descriptor, size_mib * MIB)
             yield Disk(path, descriptor, name)
         except BaseException:
-            os.unlink(path)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
             raise
     finally:
         os.close(descriptor)
+
+
+def _is_at(path: str, descriptor: int) -> bool:
+    """Tell whether a path still is that of an open file: whoever had it locked may have renamed it."""
+    try:
+        return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _open(path: str, flags: int = 0) -> int:

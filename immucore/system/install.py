@@ -79,13 +79,13 @@ def _target(request: Request) -> Iterator[Disk]:
         with disks.opened(request.target) as disk:
             yield disk
         return
-    if os.path.lexists(request.target):
-        raise DeviceError(
-            f"{request.failure}: it is there already, and --size makes a new file",
-            hint="leave --size out to install into it, or remove it",
-        )
     partial = f"{request.target}.partial"
     with disks.created(partial, request.size_mib, name=request.target) as disk:
+        if os.path.lexists(request.target):  # nobody else makes it as long as `partial` is locked
+            raise DeviceError(
+                f"{request.failure}: it is there already, and --size makes a new file",
+                hint="leave --size out to install into it, or remove it",
+            )
         yield disk
         os.rename(partial, request.target)
     files.fsync(os.path.dirname(os.path.abspath(request.target)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -22,7 +23,8 @@ import upgrading
 import yaml
 
 from immucore import bootcount, grubenv
-from immucore.system import filesystems, images, partitions
+from immucore.errors import DeviceError
+from immucore.system import disks, filesystems, images, partitions
 from immucore.system.partitions import MIB
 
 SIZES = {"efi": 16, "oem": 16, "recovery": 32, "state": 48}
@@ -460,6 +462,29 @@ def test_two_at_once(install: Install, place: Path, tree: Path) -> None:
             other.terminate()
     assert refused.returncode == 3
     assert "another program has locked it" in refused.stderr
+
+
+def test_two_at_once_that_make_the_same_file(place: Path) -> None:
+    """The one that waits for the lock finds that its file has become the other one's disk."""
+    partial, disk = str(place / "disk.img.partial"), place / "disk.img"
+
+    def second() -> None:
+        with disks.created(partial, 1, name=str(disk)):
+            raise AssertionError("it has another one's disk")
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        with disks.created(partial, 1, name=str(disk)) as first:
+            first.write(0, b"the first")
+            waiting = pool.submit(second)
+            with pytest.raises(concurrent.futures.TimeoutError):
+                waiting.result(timeout=0.5)
+            os.rename(partial, disk)
+        with pytest.raises(DeviceError) as caught:
+            waiting.result()
+    assert caught.value.message == f"cannot install on '{disk}': another installation has made it meanwhile"
+    assert caught.value.hint == "take another name, or remove it"
+    assert disk.read_bytes().startswith(b"the first")
+    assert [path.name for path in place.iterdir()] == ["disk.img"]
 
 
 REFUSED = {
