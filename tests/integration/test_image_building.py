@@ -316,6 +316,18 @@ def test_a_symlink_in_a_tree_leads_nowhere_else(tmp_path: Path, tree: Path) -> N
         bootable.check(str(tree))
 
 
+def test_a_directory_that_is_made_in_a_tree_is_made_there(tmp_path: Path, tree: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    shutil.rmtree(tree / "usr")
+    (tree / "usr").symlink_to(outside)
+    inside = tree / str(outside)[1:]
+    inside.mkdir(parents=True)
+    build(tree)
+    assert os.listdir(outside) == []
+    assert (inside / "lib/cos/image.cfg").is_file()
+
+
 @pytest.mark.parametrize("content_", [b"", b"set image_id=x\n", b"\0" * (1 << 20), b"hsqs" + bytes(5000)])
 def test_what_has_no_identity(tmp_path: Path, content_: bytes) -> None:
     image = tmp_path / "image"
