@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 from immucore import process
 from immucore.errors import DeviceError
 from immucore.log import printable
-from immucore.observe import text
+from immucore.system import disk_users
 from immucore.system.partitions import MIB, TABLE_MIB
 from immucore.system.programs import run
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from immucore.system.partitions import Partition
 
@@ -33,8 +33,6 @@ BLKSSZGET = 0x1268  # linux/fs.h: the size of a logical sector
 FILE_SECTOR_BYTES = 512  # what sfdisk takes a file to have
 LOCK_SEC = 10.0  # udev holds a disk for as long as it looks at it
 CHUNK_BYTES = MIB
-OURS = ("/", "/usr")  # where a running system has its image
-AROUND = "/run/initramfs/"  # and the partition around that
 AMBIVALENT = 8  # blkid(8), as a status
 
 
@@ -60,14 +58,14 @@ class Disk:
     def users(self) -> list[str]:
         """List who uses it, in words: mounts, what lies on it, loop devices. Empty: nobody does."""
         if not self.is_device:
-            return _loops(self.path)
+            return disk_users.of_file(self.path)
         try:
             # The kernel refuses it while the disk or a partition is mounted, swap, or part of something.
             os.close(os.open(self.path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC))
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise
-            return _uses(self.path) or ["another program holds it"]
+            return disk_users.of_device(self.path) or ["another program holds it"]
         return []
 
     def content(self) -> list[str]:
@@ -75,7 +73,7 @@ class Disk:
         failure = f"cannot look at what is on '{self.path}'"
         seen = run(["wipefs", "--no-act", "--json", self.path], failure)
         try:
-            signatures = json.loads(seen)["signatures"] if seen.strip() else []
+            signatures = _json(seen)["signatures"] if "{" in seen else []
         except ValueError:
             raise DeviceError(f"{failure}: wipefs says more than can be read") from None
         kinds = {each["type"]: each.get("label") or "" for each in signatures}
@@ -90,7 +88,7 @@ class Disk:
     def _table(self) -> list[dict[str, Any]]:
         done = process.run(["sfdisk", "--json", self.path])
         try:
-            listed = json.loads(done.output)["partitiontable"]
+            listed = _json(done.output)["partitiontable"]
         except ValueError:  # there is none, or one with thousands of partitions
             return []
         unit = int(listed.get("sectorsize", FILE_SECTOR_BYTES))
@@ -269,37 +267,9 @@ def _lock(path: str, descriptor: int) -> None:
             return
 
 
-def _uses(path: str) -> list[str]:
-    """Say what lsblk knows of the uses of a disk that is in use."""
-    options = ("--json", "--output", "PATH,TYPE,MOUNTPOINTS")
-    listed = json.loads(run(["lsblk", *options, path], f"cannot look at what '{path}' is used for"))
-    return list(_used(listed["blockdevices"]))
-
-
-def _used(devices: Sequence[dict[str, Any]]) -> Iterator[str]:
-    for each in devices:
-        for place in filter(None, each["mountpoints"]):
-            if place in OURS or place.startswith(AROUND):
-                yield f"this machine runs from {each['path']} ({printable(place)})"
-            elif place == "[SWAP]":
-                yield f"{each['path']} is swap"
-            else:
-                yield f"{each['path']} is mounted on '{printable(place)}'"
-        above = each.get("children", ())
-        for other in above:
-            if other["type"] != "part":
-                yield f"{each['path']} is part of {printable(other['path'])} ({other['type']})"
-        yield from _used(above)
-
-
-def _loops(path: str) -> list[str]:
-    """Say which loop devices a file is attached to."""
-    real = os.path.realpath(path)
-    found = []
-    for place in glob.glob("/sys/block/loop*/loop/backing_file"):
-        if text(place, missing="").rstrip("\n") == real:
-            found.append(f"/dev/{place.split('/')[3]} is attached to it")
-    return found
+def _json(said: str) -> Any:
+    """Read what a program says in JSON, below what it warns of. Raises ValueError."""
+    return json.loads(said[said.index("{") :])
 
 
 def _named(kind: str, label: str) -> str:

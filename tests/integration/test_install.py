@@ -435,6 +435,36 @@ def test_a_disk_in_use_is_refused_whatever_is_said(install: Install, place: Path
         assert f"--target {device}\n" in refused.stderr
 
 
+def test_the_partitions_of_a_disk_that_has_grown_are_named(
+    install: Install, place: Path, tree: Path
+) -> None:
+    """Of its table sfdisk says first that its end is not that of the disk."""
+    disk = new_file(place)
+    native.command("sfdisk", "--quiet", disk, stdin="label: gpt\nsize=8MiB, name=precious\n")
+    os.truncate(disk, 2 * DISK_MIB * MIB)
+    refused = install("--target", disk, *SMALL, f"dir:{tree}")
+    assert refused.returncode == 3
+    assert "it is not empty: gpt, partition 'precious'\n" in refused.stderr
+
+
+def test_a_disk_with_more_uses_than_can_be_listed_is_in_use(
+    install: Install, place: Path, tree: Path
+) -> None:
+    disk = new_file(place)
+    ext4(disk)
+    many = (
+        "mount -t tmpfs t /mnt; for n in $(seq 400); do"
+        " d=/mnt/$(printf %0200d $n); mkdir $d; mount $0 $d; done;"
+        ' exec "$@"'
+    )
+    with loop(disk) as device:
+        words = ("--wipe", "--scratch", place, "--firmware", "efi", *SMALL)
+        before = ("unshare", "--mount", "sh", "-c", many, device)
+        refused = install("--target", device, *words, f"dir:{tree}", before=before)
+    assert refused.returncode == 3
+    assert "it is in use: it has more uses than can be listed\n" in refused.stderr
+
+
 def test_a_disk_that_comes_into_use_while_images_are_made_is_refused(
     program: Sequence[str], place: Path, tree: Path
 ) -> None:
