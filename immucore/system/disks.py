@@ -42,6 +42,7 @@ class Disk:
     def __init__(self, path: str, descriptor: int, name: str) -> None:
         self.path = path
         self.name = name  # what messages call it
+        self.touched = False  # it no longer is what it was
         self._descriptor = descriptor
         status = os.fstat(descriptor)
         self.is_device = stat.S_ISBLK(status.st_mode)
@@ -130,6 +131,7 @@ class Disk:
         """
         if self.is_device and self._has_partitions():
             run(["partx", "--delete", self.path], f"cannot take the partitions of '{self.path}' away")
+        self.touched = True
         self._clear(0, self.size_bytes)
         os.fsync(self._descriptor)
         left = self.content() if self.is_device else []

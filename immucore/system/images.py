@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 EXT4, SQUASHFS = "ext4", "squashfs"
 FSTYPES = (EXT4, SQUASHFS)
+BUILDERS = {EXT4: ("mke2fs",), SQUASHFS: ("mksquashfs",)}  # the programs that make one
 # All that GRUB 2.06 reads, by name: what /etc/mke2fs.conf adds one day it may not. No journal: an image is
 # only read.
 EXT4_FEATURES = (

@@ -40,7 +40,7 @@ def install(request: Request, console: Console) -> int:
     registry = Options(authfile=request.authfile, cert_dir=request.cert_dir, tls_verify=request.tls_verify)
     source = sources.parse(request.source, registry)
     images.check_fstype(request.fstype)
-    programs.require(PROGRAMS, request.failure)
+    programs.require((*PROGRAMS, *images.BUILDERS[request.fstype]), request.failure)
     bootloader.require(request.firmware)
     fakeroot.enter(request.failure)
     try:

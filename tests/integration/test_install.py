@@ -605,6 +605,7 @@ def hidden(path: str) -> Sequence[str]:
 
 MISSING = {  # what is not there → the message, and the package
     "/usr/bin/mcopy": ("there is no mcopy", "mtools"),
+    "/usr/bin/mksquashfs": ("there is no mksquashfs", "squashfs-tools"),
     "/usr/sbin/sfdisk": ("there is no sfdisk", "fdisk"),
     "/usr/lib/grub/i386-pc": ("there is no /usr/lib/grub/i386-pc", "grub-pc-bin"),
     "/usr/lib/grub/x86_64-efi": ("there is no /usr/lib/grub/x86_64-efi", "grub-efi-amd64-bin"),
@@ -616,7 +617,8 @@ MISSING = {  # what is not there → the message, and the package
 def test_what_is_not_installed_is_named(install: Install, place: Path, tree: Path, missing: str) -> None:
     message, package = MISSING[missing]
     before = UNPRIVILEGED if package == "fakeroot" else ()
-    words = ("--target", place / "disk.img", "--size", "160", *SMALL, f"dir:{tree}")
+    options = ("--filesystem", "squashfs") if package == "squashfs-tools" else ()
+    words = ("--target", place / "disk.img", "--size", "160", *options, *SMALL, f"dir:{tree}")
     refused = install(*words, before=(*hidden(os.path.realpath(missing)), *before))
     assert refused.returncode == 4, refused.stderr
     assert message in refused.stderr
@@ -714,6 +716,41 @@ def test_a_disk_that_cannot_be_written_to_stays_blank(
         assert [path.name for path in full.iterdir()] == ["disk.img"]
     finally:
         native.command("umount", full)
+
+
+def failing(program: str, option: str, folder: Path) -> Sequence[str]:
+    """Return what starts a command for which a program fails with an option."""
+    path = os.path.realpath(str(shutil.which(program)))
+    shutil.copy(path, folder / "real")
+    script = folder / "script"
+    script.write_text(
+        f'#!/bin/sh\n[ "$1" != {option} ] || {{ echo not today; exit 1; }}\nexec {folder}/real "$@"\n'
+    )
+    script.chmod(0o755)
+    return ("unshare", "--mount", "sh", "-ec", 'mount --bind "$0" "$1"; shift; exec "$@"', str(script), path)
+
+
+@pytest.mark.parametrize("option", ["--delete", "--update"])
+def test_what_the_kernel_is_not_told(
+    install: Install, place: Path, tmp_path: Path, tree: Path, option: str
+) -> None:
+    """Before anything is written that is an error, and afterwards no more than a warning."""
+    disk = new_file(place)
+    native.command("sfdisk", "--quiet", disk, stdin="label: gpt\nsize=8MiB, name=precious\n")
+    with loop(disk) as device:
+        native.command("partx", "--update", device)
+        words = ("--wipe", "--target", device, "--firmware", "efi", "--scratch", place, *SMALL)
+        done = install(*words, f"dir:{tree}", before=failing("partx", option, tmp_path))
+        if option == "--delete":
+            assert done.returncode == 3
+            assert f"cannot write '{device}', which is as it was: " in done.stderr
+            assert list(Installed(device).partitions) == ["precious"]
+            native.command("partx", "--delete", device)
+        else:
+            assert done.returncode == 0
+            warning = f"warning: cannot have the kernel look at '{device}' again: not today; restart, or:"
+            assert f"{warning} partprobe {device}\n" in done.stderr
+            Installed(device).check(("efi",), "ext4")
 
 
 def test_no_room_to_make_images_in(install: Install, place: Path, tree: Path) -> None:
