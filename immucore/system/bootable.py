@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import struct
 
 from immucore import observe, syscalls
@@ -49,16 +50,15 @@ def _named(top: int) -> list[str]:
         if not named:
             raise _lacks(f"no 'set {name}=' in /{BOOTARGS}")
         for path in named:
-            if "$" not in path and not _exists(top, path):
+            if "$" not in path and not _is_file(top, path):
                 raise _lacks(f"no {path}, which /{BOOTARGS} has for {name},")
     return [value for key, value in values if key == "kernel" and "$" not in value]
 
 
 def _read(top: int, path: str) -> str:
-    try:
-        descriptor = syscalls.openat2(top, path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
-    except OSError:
-        raise _lacks(f"no /{path}, from which the boot loader has the kernel,") from None
+    if not _is_file(top, path):
+        raise _lacks(f"no /{path}, from which the boot loader has the kernel,")
+    descriptor = syscalls.openat2(top, path, os.O_RDONLY)
     try:
         return os.read(descriptor, _MAX_BYTES).decode("utf-8", "replace")
     finally:
@@ -73,15 +73,26 @@ def _exists(top: int, path: str) -> bool:
     return True
 
 
+def _is_file(top: int, path: str) -> bool:
+    try:
+        descriptor = syscalls.openat2(top, path, os.O_PATH)
+    except OSError:
+        return False
+    try:
+        return stat.S_ISREG(os.fstat(descriptor).st_mode)
+    finally:
+        os.close(descriptor)
+
+
 def _release(top: int, kernel: str) -> str:
     """Tell the release of a kernel: from the header of an x86 one, else from the name of its file."""
-    descriptor = syscalls.openat2(top, kernel, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    descriptor = syscalls.openat2(top, kernel, os.O_RDONLY)
     try:
         head = os.pread(descriptor, _MAX_BYTES, 0)
         name = os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
     finally:
         os.close(descriptor)
-    if head[_X86_MAGIC : _X86_MAGIC + 4] == b"HdrS":
+    if head[_X86_MAGIC : _X86_MAGIC + 4] == b"HdrS" and len(head) >= _X86_VERSION + 2:
         (offset,) = struct.unpack_from("<H", head, _X86_VERSION)
         words = head[0x200 + offset :].partition(b"\0")[0].split()
         if words:

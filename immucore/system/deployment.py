@@ -148,16 +148,22 @@ def write(disk: Disk, layout: Sequence[Partition], work: str, console: Console) 
         stopping.hold()
     except (ImmucoreError, OSError) as error:
         stopping.hold()
-        with contextlib.suppress(ImmucoreError, OSError):
-            disk.erase()
+        so = "is as it was"
+        if disk.touched:
+            so = "is blank now"
+            with contextlib.suppress(ImmucoreError, OSError):
+                disk.erase()
         if isinstance(error, Interrupted):
-            raise Interrupted(f"stopped: '{disk.name}' is blank now") from None
+            raise Interrupted(f"stopped: '{disk.name}' {so}") from None
         reason = error.message if isinstance(error, ImmucoreError) else told(error)
         raise DeviceError(
-            f"cannot write '{disk.name}', which is blank now: {reason}",
+            f"cannot write '{disk.name}', which {so}: {reason}",
             hint="see what the kernel says of it: dmesg | tail",
         ) from None
-    disk.announce()
+    try:
+        disk.announce()
+    except ImmucoreError as error:  # all is written
+        console.say(f"warning: {error.message}; restart, or: partprobe {disk.path}")
 
 
 def _write(disk: Disk, layout: Sequence[Partition], work: str, console: Console) -> None:

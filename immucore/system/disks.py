@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 from immucore import process
 from immucore.errors import DeviceError
 from immucore.log import printable
-from immucore.observe import text
+from immucore.system import disk_users
 from immucore.system.partitions import MIB, TABLE_MIB
 from immucore.system.programs import run
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from immucore.system.partitions import Partition
 
@@ -33,8 +33,6 @@ BLKSSZGET = 0x1268  # linux/fs.h: the size of a logical sector
 FILE_SECTOR_BYTES = 512  # what sfdisk takes a file to have
 LOCK_SEC = 10.0  # udev holds a disk for as long as it looks at it
 CHUNK_BYTES = MIB
-OURS = ("/", "/usr")  # where a running system has its image
-AROUND = "/run/initramfs/"  # and the partition around that
 AMBIVALENT = 8  # blkid(8), as a status
 
 
@@ -44,6 +42,7 @@ class Disk:
     def __init__(self, path: str, descriptor: int, name: str) -> None:
         self.path = path
         self.name = name  # what messages call it
+        self.touched = False  # it no longer is what it was
         self._descriptor = descriptor
         status = os.fstat(descriptor)
         self.is_device = stat.S_ISBLK(status.st_mode)
@@ -60,14 +59,14 @@ class Disk:
     def users(self) -> list[str]:
         """List who uses it, in words: mounts, what lies on it, loop devices. Empty: nobody does."""
         if not self.is_device:
-            return _loops(self.path)
+            return disk_users.of_file(self.path)
         try:
             # The kernel refuses it while the disk or a partition is mounted, swap, or part of something.
             os.close(os.open(self.path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC))
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise
-            return _uses(self.path) or ["another program holds it"]
+            return disk_users.of_device(self.path) or ["another program holds it"]
         return []
 
     def content(self) -> list[str]:
@@ -75,7 +74,7 @@ class Disk:
         failure = f"cannot look at what is on '{self.path}'"
         seen = run(["wipefs", "--no-act", "--json", self.path], failure)
         try:
-            signatures = json.loads(seen)["signatures"] if seen.strip() else []
+            signatures = _json(seen)["signatures"] if "{" in seen else []
         except ValueError:
             raise DeviceError(f"{failure}: wipefs says more than can be read") from None
         kinds = {each["type"]: each.get("label") or "" for each in signatures}
@@ -90,7 +89,7 @@ class Disk:
     def _table(self) -> list[dict[str, Any]]:
         done = process.run(["sfdisk", "--json", self.path])
         try:
-            listed = json.loads(done.output)["partitiontable"]
+            listed = _json(done.output)["partitiontable"]
         except ValueError:  # there is none, or one with thousands of partitions
             return []
         unit = int(listed.get("sectorsize", FILE_SECTOR_BYTES))
@@ -132,6 +131,7 @@ class Disk:
         """
         if self.is_device and self._has_partitions():
             run(["partx", "--delete", self.path], f"cannot take the partitions of '{self.path}' away")
+        self.touched = True
         self._clear(0, self.size_bytes)
         os.fsync(self._descriptor)
         left = self.content() if self.is_device else []
@@ -195,15 +195,29 @@ def created(path: str, size_mib: int, name: str) -> Iterator[Disk]:
     descriptor = _open(path, os.O_CREAT | os.O_NOFOLLOW)
     try:
         _lock(path, descriptor)
+        if not _is_at(path, descriptor):
+            raise DeviceError(
+                f"cannot install on '{name}': another installation has made it meanwhile",
+                hint="take another name, or remove it",
+            )
         try:
             os.ftruncate(descriptor, 0)
             os.ftruncate(descriptor, size_mib * MIB)
             yield Disk(path, descriptor, name)
         except BaseException:
-            os.unlink(path)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
             raise
     finally:
         os.close(descriptor)
+
+
+def _is_at(path: str, descriptor: int) -> bool:
+    """Tell whether a path still is that of an open file: whoever had it locked may have renamed it."""
+    try:
+        return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _open(path: str, flags: int = 0) -> int:
@@ -255,37 +269,9 @@ def _lock(path: str, descriptor: int) -> None:
             return
 
 
-def _uses(path: str) -> list[str]:
-    """Say what lsblk knows of the uses of a disk that is in use."""
-    options = ("--json", "--output", "PATH,TYPE,MOUNTPOINTS")
-    listed = json.loads(run(["lsblk", *options, path], f"cannot look at what '{path}' is used for"))
-    return list(_used(listed["blockdevices"]))
-
-
-def _used(devices: Sequence[dict[str, Any]]) -> Iterator[str]:
-    for each in devices:
-        for place in filter(None, each["mountpoints"]):
-            if place in OURS or place.startswith(AROUND):
-                yield f"this machine runs from {each['path']} ({printable(place)})"
-            elif place == "[SWAP]":
-                yield f"{each['path']} is swap"
-            else:
-                yield f"{each['path']} is mounted on '{printable(place)}'"
-        above = each.get("children", ())
-        for other in above:
-            if other["type"] != "part":
-                yield f"{each['path']} is part of {printable(other['path'])} ({other['type']})"
-        yield from _used(above)
-
-
-def _loops(path: str) -> list[str]:
-    """Say which loop devices a file is attached to."""
-    real = os.path.realpath(path)
-    found = []
-    for place in glob.glob("/sys/block/loop*/loop/backing_file"):
-        if text(place, missing="").rstrip("\n") == real:
-            found.append(f"/dev/{place.split('/')[3]} is attached to it")
-    return found
+def _json(said: str) -> Any:
+    """Read what a program says in JSON, below what it warns of. Raises ValueError."""
+    return json.loads(said[said.index("{") :])
 
 
 def _named(kind: str, label: str) -> str:

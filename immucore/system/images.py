@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 EXT4, SQUASHFS = "ext4", "squashfs"
 FSTYPES = (EXT4, SQUASHFS)
+BUILDERS = {EXT4: ("mke2fs",), SQUASHFS: ("mksquashfs",)}  # the programs that make one
 # All that GRUB 2.06 reads, by name: what /etc/mke2fs.conf adds one day it may not. No journal: an image is
 # only read.
 EXT4_FEATURES = (
@@ -121,28 +122,21 @@ def build(
 
 def _identify(tree: str, image_id: str) -> None:
     """Write the identity into a tree, whose symlinks lead nowhere else."""
-    directory, name = os.path.split(IDENTITY)
-    top = os.open(tree, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        below = ""
-        for part in directory.split("/"):
-            below = f"{below}/{part}"
+    *parts, name = IDENTITY.split("/")
+    with contextlib.ExitStack() as opened:
+        top = held = os.open(tree, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        opened.callback(os.close, top)
+        for number, part in enumerate(parts, 1):
             with contextlib.suppress(FileExistsError):
-                os.mkdir(f"{tree}{below}")
-        held = syscalls.openat2(top, directory, os.O_RDONLY | os.O_DIRECTORY)
-    finally:
-        os.close(top)
-    try:
+                os.mkdir(part, dir_fd=held)
+            held = syscalls.openat2(top, "/".join(parts[:number]), os.O_RDONLY | os.O_DIRECTORY)
+            opened.callback(os.close, held)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name, dir_fd=held)
         written = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644, dir_fd=held)
-        try:
-            os.write(written, f"set image_id={image_id}\n".encode())
-            os.fchmod(written, 0o644)
-        finally:
-            os.close(written)
-    finally:
-        os.close(held)
+        opened.callback(os.close, written)
+        os.write(written, f"set image_id={image_id}\n".encode())
+        os.fchmod(written, 0o644)
 
 
 def ext4_bytes(room: content.Room) -> int:

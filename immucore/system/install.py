@@ -40,7 +40,7 @@ def install(request: Request, console: Console) -> int:
     registry = Options(authfile=request.authfile, cert_dir=request.cert_dir, tls_verify=request.tls_verify)
     source = sources.parse(request.source, registry)
     images.check_fstype(request.fstype)
-    programs.require(PROGRAMS, request.failure)
+    programs.require((*PROGRAMS, *images.BUILDERS[request.fstype]), request.failure)
     bootloader.require(request.firmware)
     fakeroot.enter(request.failure)
     try:
@@ -60,6 +60,7 @@ def _install(request: Request, source: Source, disk: Disk, console: Console) -> 
         deployment.stage(made, request.oem, layout, work)
         for note in deployment.check_room(layout, made, work):
             console.say(f"note: {note}")
+        _refuse(disk, request, layout)  # once more: making images has taken minutes
         deployment.write(disk, layout, work, console)
     sizes = ", ".join(f"{each.name} {each.size_mib}" for each in layout)
     console.result(
@@ -78,13 +79,13 @@ def _target(request: Request) -> Iterator[Disk]:
         with disks.opened(request.target) as disk:
             yield disk
         return
-    if os.path.lexists(request.target):
-        raise DeviceError(
-            f"{request.failure}: it is there already, and --size makes a new file",
-            hint="leave --size out to install into it, or remove it",
-        )
     partial = f"{request.target}.partial"
     with disks.created(partial, request.size_mib, name=request.target) as disk:
+        if os.path.lexists(request.target):  # nobody else makes it as long as `partial` is locked
+            raise DeviceError(
+                f"{request.failure}: it is there already, and --size makes a new file",
+                hint="leave --size out to install into it, or remove it",
+            )
         yield disk
         os.rename(partial, request.target)
     files.fsync(os.path.dirname(os.path.abspath(request.target)))

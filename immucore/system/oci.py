@@ -71,11 +71,7 @@ class Registry:
         """Tell how large it is as it is fetched, compressed; 0 for one for several architectures."""
         argv = [*self._skopeo("inspect"), *self._access(""), "--raw"]
         said = run([*argv, f"docker://{self._name}@{self.resolve()}"], self._failure, environment=_proxies())
-        try:
-            layers = json.loads(said[said.index("{") :])["layers"]
-            return sum(int(layer["size"]) for layer in layers)
-        except (ValueError, KeyError, TypeError):
-            return 0
+        return layer_bytes(said)
 
     def unpack(self, directory: str, advance: Advance = silent) -> None:
         """Fetch it into a directory beside `directory`, and unpack it into that, which is made.
@@ -106,6 +102,15 @@ class Registry:
         given = [f"--{prefix}tls-verify={'true' if options.tls_verify else 'false'}"]
         given += ["--authfile", options.authfile] if options.authfile else []
         return given + ([f"--{prefix}cert-dir", options.cert_dir] if options.cert_dir else [])
+
+
+def layer_bytes(manifest: str) -> int:
+    """Sum up the layers that a manifest lists; 0 for one that cannot be read, which is any registry's."""
+    try:
+        layers = json.loads(manifest[manifest.index("{") :])["layers"]
+        return sum(max(0, int(layer["size"])) for layer in layers)
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
+        return 0
 
 
 def _proxies() -> dict[str, str]:

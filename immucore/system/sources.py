@@ -158,7 +158,7 @@ class FromRegistry(Source):
 def parse(text: str, options: Options | None = None) -> Source:
     """Read the name of a source. Raises CmdlineError."""
     kind, separator, where = text.partition(":")
-    if not separator or not where:
+    if not separator or not where or "\0" in where:
         raise CmdlineError(f"cannot take '{text}' for the source of an image", hint=_HINT)
     if kind == "oci":
         return FromRegistry(text, where, options or Options())

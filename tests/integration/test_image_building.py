@@ -295,6 +295,29 @@ def test_bootargs_without_a_kernel_and_a_kernel_that_says_its_release(tree: Path
         bootable.check(str(tree))
 
 
+@pytest.mark.parametrize("name", ["kernel", "initramfs"])
+def test_what_bootargs_names_is_a_file(tree: Path, name: str) -> None:
+    args = tree / "etc/cos/bootargs.cfg"
+    args.write_text(args.read_text() + f"set {name}=/boot\n")
+    with pytest.raises(ImageError, match=f"no /boot, which /etc/cos/bootargs.cfg has for {name},"):
+        bootable.check(str(tree))
+    args.unlink()
+    args.mkdir()
+    with pytest.raises(ImageError, match=r"no /etc/cos/bootargs\.cfg"):
+        bootable.check(str(tree))
+
+
+def test_a_kernel_that_is_cut_short_has_its_release_in_its_name(tree: Path) -> None:
+    kernel = tree / f"boot/vmlinuz-{upgrading.KERNEL}"
+    kernel.write_bytes(bytes(0x202) + b"HdrS" + bytes(2))
+    bootable.check(str(tree))
+    kernel.rename(tree / "boot/vmlinuz-8")
+    (tree / "boot/vmlinuz").unlink()
+    (tree / "boot/vmlinuz").symlink_to("vmlinuz-8")
+    with pytest.raises(ImageError, match="no lib/modules/8, for its kernel"):
+        bootable.check(str(tree))
+
+
 def test_a_symlink_in_a_tree_leads_nowhere_else(tmp_path: Path, tree: Path) -> None:
     """What is written into a tree and looked up in it stays in it, whatever its symlinks say."""
     outside = tmp_path / "outside"
@@ -314,6 +337,18 @@ def test_a_symlink_in_a_tree_leads_nowhere_else(tmp_path: Path, tree: Path) -> N
     (tree / f"boot/vmlinuz-{upgrading.KERNEL}").symlink_to("/etc/hostname")  # the host has one
     with pytest.raises(ImageError, match="no /boot/vmlinuz"):
         bootable.check(str(tree))
+
+
+def test_a_directory_that_is_made_in_a_tree_is_made_there(tmp_path: Path, tree: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    shutil.rmtree(tree / "usr")
+    (tree / "usr").symlink_to(outside)
+    inside = tree / str(outside)[1:]
+    inside.mkdir(parents=True)
+    build(tree)
+    assert os.listdir(outside) == []
+    assert (inside / "lib/cos/image.cfg").is_file()
 
 
 @pytest.mark.parametrize("content_", [b"", b"set image_id=x\n", b"\0" * (1 << 20), b"hsqs" + bytes(5000)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -22,7 +23,8 @@ import upgrading
 import yaml
 
 from immucore import bootcount, grubenv
-from immucore.system import filesystems, images, partitions
+from immucore.errors import DeviceError
+from immucore.system import disks, filesystems, images, partitions
 from immucore.system.partitions import MIB
 
 SIZES = {"efi": 16, "oem": 16, "recovery": 32, "state": 48}
@@ -433,6 +435,54 @@ def test_a_disk_in_use_is_refused_whatever_is_said(install: Install, place: Path
         assert f"--target {device}\n" in refused.stderr
 
 
+def test_the_partitions_of_a_disk_that_has_grown_are_named(
+    install: Install, place: Path, tree: Path
+) -> None:
+    """Of its table sfdisk says first that its end is not that of the disk."""
+    disk = new_file(place)
+    native.command("sfdisk", "--quiet", disk, stdin="label: gpt\nsize=8MiB, name=precious\n")
+    os.truncate(disk, 2 * DISK_MIB * MIB)
+    refused = install("--target", disk, *SMALL, f"dir:{tree}")
+    assert refused.returncode == 3
+    assert "it is not empty: gpt, partition 'precious'\n" in refused.stderr
+
+
+def test_a_disk_with_more_uses_than_can_be_listed_is_in_use(
+    install: Install, place: Path, tree: Path
+) -> None:
+    disk = new_file(place)
+    ext4(disk)
+    many = (
+        "mount -t tmpfs t /mnt; for n in $(seq 400); do"
+        " d=/mnt/$(printf %0200d $n); mkdir $d; mount $0 $d; done;"
+        ' exec "$@"'
+    )
+    with loop(disk) as device:
+        words = ("--wipe", "--scratch", place, "--firmware", "efi", *SMALL)
+        before = ("unshare", "--mount", "sh", "-c", many, device)
+        refused = install("--target", device, *words, f"dir:{tree}", before=before)
+    assert refused.returncode == 3
+    assert "it is in use: it has more uses than can be listed\n" in refused.stderr
+
+
+def test_a_disk_that_comes_into_use_while_images_are_made_is_refused(
+    program: Sequence[str], place: Path, tree: Path
+) -> None:
+    disk = new_file(place)
+    ext4(disk)
+    with loop(disk) as device:
+        words = ("--wipe", "--target", device, "--firmware", "both", "--scratch", place, *SMALL)
+        with started(program, *words, f"dir:{tree}") as process:
+            until(process, "making active.img")
+            process.send_signal(signal.SIGSTOP)
+            with mounted(device, "ro") as there:
+                process.send_signal(signal.SIGCONT)
+                _, stderr = process.communicate()
+                assert f"it is in use: {device} is mounted on '{there}'" in stderr
+        assert process.returncode == 3
+        assert native.command("e2label", device) == "DATA\n"
+
+
 def test_two_at_once(install: Install, place: Path, tree: Path) -> None:
     disk = new_file(place)
     with subprocess.Popen(["flock", disk, "sleep", "60"]) as other:
@@ -442,6 +492,29 @@ def test_two_at_once(install: Install, place: Path, tree: Path) -> None:
             other.terminate()
     assert refused.returncode == 3
     assert "another program has locked it" in refused.stderr
+
+
+def test_two_at_once_that_make_the_same_file(place: Path) -> None:
+    """The one that waits for the lock finds that its file has become the other one's disk."""
+    partial, disk = str(place / "disk.img.partial"), place / "disk.img"
+
+    def second() -> None:
+        with disks.created(partial, 1, name=str(disk)):
+            raise AssertionError("it has another one's disk")
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        with disks.created(partial, 1, name=str(disk)) as first:
+            first.write(0, b"the first")
+            waiting = pool.submit(second)
+            with pytest.raises(concurrent.futures.TimeoutError):
+                waiting.result(timeout=0.5)
+            os.rename(partial, disk)
+        with pytest.raises(DeviceError) as caught:
+            waiting.result()
+    assert caught.value.message == f"cannot install on '{disk}': another installation has made it meanwhile"
+    assert caught.value.hint == "take another name, or remove it"
+    assert disk.read_bytes().startswith(b"the first")
+    assert [path.name for path in place.iterdir()] == ["disk.img"]
 
 
 REFUSED = {
@@ -532,6 +605,7 @@ def hidden(path: str) -> Sequence[str]:
 
 MISSING = {  # what is not there → the message, and the package
     "/usr/bin/mcopy": ("there is no mcopy", "mtools"),
+    "/usr/bin/mksquashfs": ("there is no mksquashfs", "squashfs-tools"),
     "/usr/sbin/sfdisk": ("there is no sfdisk", "fdisk"),
     "/usr/lib/grub/i386-pc": ("there is no /usr/lib/grub/i386-pc", "grub-pc-bin"),
     "/usr/lib/grub/x86_64-efi": ("there is no /usr/lib/grub/x86_64-efi", "grub-efi-amd64-bin"),
@@ -543,7 +617,8 @@ MISSING = {  # what is not there → the message, and the package
 def test_what_is_not_installed_is_named(install: Install, place: Path, tree: Path, missing: str) -> None:
     message, package = MISSING[missing]
     before = UNPRIVILEGED if package == "fakeroot" else ()
-    words = ("--target", place / "disk.img", "--size", "160", *SMALL, f"dir:{tree}")
+    options = ("--filesystem", "squashfs") if package == "squashfs-tools" else ()
+    words = ("--target", place / "disk.img", "--size", "160", *options, *SMALL, f"dir:{tree}")
     refused = install(*words, before=(*hidden(os.path.realpath(missing)), *before))
     assert refused.returncode == 4, refused.stderr
     assert message in refused.stderr
@@ -641,6 +716,41 @@ def test_a_disk_that_cannot_be_written_to_stays_blank(
         assert [path.name for path in full.iterdir()] == ["disk.img"]
     finally:
         native.command("umount", full)
+
+
+def failing(program: str, option: str, folder: Path) -> Sequence[str]:
+    """Return what starts a command for which a program fails with an option."""
+    path = os.path.realpath(str(shutil.which(program)))
+    shutil.copy(path, folder / "real")
+    script = folder / "script"
+    script.write_text(
+        f'#!/bin/sh\n[ "$1" != {option} ] || {{ echo not today; exit 1; }}\nexec {folder}/real "$@"\n'
+    )
+    script.chmod(0o755)
+    return ("unshare", "--mount", "sh", "-ec", 'mount --bind "$0" "$1"; shift; exec "$@"', str(script), path)
+
+
+@pytest.mark.parametrize("option", ["--delete", "--update"])
+def test_what_the_kernel_is_not_told(
+    install: Install, place: Path, tmp_path: Path, tree: Path, option: str
+) -> None:
+    """Before anything is written that is an error, and afterwards no more than a warning."""
+    disk = new_file(place)
+    native.command("sfdisk", "--quiet", disk, stdin="label: gpt\nsize=8MiB, name=precious\n")
+    with loop(disk) as device:
+        native.command("partx", "--update", device)
+        words = ("--wipe", "--target", device, "--firmware", "efi", "--scratch", place, *SMALL)
+        done = install(*words, f"dir:{tree}", before=failing("partx", option, tmp_path))
+        if option == "--delete":
+            assert done.returncode == 3
+            assert f"cannot write '{device}', which is as it was: " in done.stderr
+            assert list(Installed(device).partitions) == ["precious"]
+            native.command("partx", "--delete", device)
+        else:
+            assert done.returncode == 0
+            warning = f"warning: cannot have the kernel look at '{device}' again: not today; restart, or:"
+            assert f"{warning} partprobe {device}\n" in done.stderr
+            Installed(device).check(("efi",), "ext4")
 
 
 def test_no_room_to_make_images_in(install: Install, place: Path, tree: Path) -> None:

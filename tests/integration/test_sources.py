@@ -177,6 +177,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
             "oci:host/x@sha256:12",
             "oci:host/x --authfile=/etc/shadow",
             "oci:-x/y",
+            *("dir:/a\0b", "file:/a\0b", "tar:/\0"),
         ),
     ],
 )
