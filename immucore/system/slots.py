@@ -29,6 +29,7 @@ from immucore.values import Record
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from immucore.system.boot_state import BootState
     from immucore.system.environment import Environment
 
 DIRECTORY = "cOS"
@@ -96,6 +97,15 @@ def kept(active: Slot, passive: Slot) -> str:
         return slot.whole, _RANKS.index(slot.state), slot.running, slot.name == PASSIVE
 
     return max(active, passive, key=rank).name
+
+
+def after_fallback(found: Mapping[str, Slot], boot: BootState) -> dict[str, Slot]:
+    """Take the image that this boot was to boot, and could not, for bad, whatever its count says.
+
+    One that cannot be loaded is passed over, and nobody has counted that.
+    """
+    given_up = found.get(boot.wanted) if boot.reason else None
+    return {**found, given_up.name: given_up.replace(state=BAD)} if given_up else dict(found)
 
 
 def commit(directory: str, keep: str) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from immucore.bootcount import ACTIVE, BAD, PASSIVE, RECOVERY
 from immucore.errors import ImmucoreError
-from immucore.system import booted, hooks, images, slots, sources, state_file, steps, stopping
+from immucore.system import boot_state, booted, hooks, images, slots, sources, state_file, steps, stopping
 from immucore.system.environment import Environment
 from immucore.system.errors import ImageError, told
 from immucore.system.making import Making, fstype_of
@@ -168,7 +168,7 @@ class Upgrade:
         stopping.point()
         stopping.hold()
         if self._slot == ACTIVE:
-            found = self._survey()
+            found = slots.after_fallback(self._survey(), boot_state.read())
             self._kept = found[slots.kept(found[ACTIVE], found[PASSIVE])]
             self._armed = True
             slots.arm(self._environment, self._making.image_id)

@@ -7,7 +7,8 @@ import itertools
 import pytest
 
 from immucore.bootcount import ACTIVE, BAD, GOOD, PASSIVE, TRYING
-from immucore.system.slots import Slot, judged_bad, kept
+from immucore.system import boot_state
+from immucore.system.slots import Slot, after_fallback, judged_bad, kept
 
 RANK = (BAD, TRYING, GOOD)
 
@@ -54,6 +55,19 @@ def test_the_better_one_is_never_given_up() -> None:
                 keeps = found[kept(found[ACTIVE], found[PASSIVE])]
                 (gone,) = [each for each in found.values() if each is not keeps]
                 assert (keeps.whole, RANK.index(keeps.state)) >= (gone.whole, RANK.index(gone.state))
+
+
+@pytest.mark.parametrize("wanted", [ACTIVE, PASSIVE])
+def test_what_could_not_be_booted_is_not_kept_whatever_its_count_says(wanted: str) -> None:
+    other = {ACTIVE: PASSIVE, PASSIVE: ACTIVE}[wanted]
+    found = {wanted: slot(wanted, GOOD), other: slot(other, TRYING, running=True)}
+    assert kept(found[ACTIVE], found[PASSIVE]) == wanted
+    line = f"root=LABEL=COS_STATE cos-img/filename=/cOS/{other}.img upgrade_failure={wanted}".encode()
+    left = after_fallback(found, boot_state.of(line, {}, other, None))
+    assert kept(left[ACTIVE], left[PASSIVE]) == other
+    assert after_fallback(found, boot_state.of(b"", {}, other, None)) == found
+    recovery = boot_state.of(b"", {"mode_asked": "recovery"}, other, None)
+    assert after_fallback(found, recovery) == found
 
 
 def test_what_was_judged_bad() -> None:
