@@ -31,6 +31,7 @@ def rollback(console: Console, here: Booted, *, force: bool) -> None:
                 slots.arm(environment, found[PASSIVE].counted_as)
             slots.carry(environment, ((found[ACTIVE], PASSIVE), (found[PASSIVE], ACTIVE)))
             slots.swap(directory)
+            steps.attempt(console, lambda: slots.settle(directory))
             state = state_file.read(top)
             entries = {slot: state.entry_of(found[slot].image_id) for slot in (ACTIVE, PASSIVE)}
             state.record(ACTIVE, entries[PASSIVE])

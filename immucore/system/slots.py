@@ -111,7 +111,7 @@ def after_fallback(found: Mapping[str, Slot], boot: BootState) -> dict[str, Slot
 def commit(directory: str, keep: str) -> None:
     """Make `transition.img` active, and of what was there before keep `keep` as passive.
 
-    What is left over is for clean(). Raises OSError, and has changed nothing then.
+    What is left over is for clean(), after settle(). Raises OSError, and has changed nothing then.
     """
     active, passive, spare = (
         os.path.join(directory, name) for name in (FILES[ACTIVE], FILES[PASSIVE], SPARE)
@@ -119,8 +119,9 @@ def commit(directory: str, keep: str) -> None:
     if keep == ACTIVE:
         os.link(active, spare)
         _place(spare, passive)
-        _settle(directory)
     try:
+        if keep == ACTIVE:
+            settle(directory)
         _place(os.path.join(directory, TRANSITION), active)
     except OSError:
         if keep == ACTIVE:
@@ -128,13 +129,13 @@ def commit(directory: str, keep: str) -> None:
                 syscalls.exchange(spare, passive)
             os.unlink(spare if os.path.lexists(spare) else passive)
         raise
-    _settle(directory)
 
 
-def _settle(directory: str) -> None:
+def settle(directory: str) -> None:
     """Have the disk as it is now: GRUB replays no journal, and would boot what was there before.
 
-    Until then no block may be used anew that it would still read (clean()).
+    It belongs behind every change of a slot. Until then no block may be used anew that GRUB would still read
+    (clean()). Raises OSError.
     """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -154,22 +155,23 @@ def _place(new: str, place: str) -> None:
 
 
 def swap(directory: str) -> None:
-    """Make passive active, and active passive; without an active it is both. Raises OSError."""
+    """Make passive active, and active passive; without an active it is both. Raises OSError.
+
+    It has changed nothing then; settle() is to follow.
+    """
     active, passive = (os.path.join(directory, FILES[name]) for name in (ACTIVE, PASSIVE))
     if os.path.lexists(active):
         syscalls.exchange(active, passive)
     else:
         os.link(passive, active)
-    _settle(directory)
 
 
 def replace(directory: str, slot: str) -> None:
-    """Put `transition.img` in the place of the image of a slot. Raises OSError."""
+    """Put `transition.img` in the place of the image of a slot; settle() is to follow. Raises OSError."""
     _place(os.path.join(directory, TRANSITION), os.path.join(directory, FILES[slot]))
     if slot == RECOVERY:
         with contextlib.suppress(FileNotFoundError):
             os.rename(os.path.join(directory, EARLIER_RECOVERY), os.path.join(directory, SPARE))
-    _settle(directory)
 
 
 def clean(directory: str, running: int) -> None:

@@ -181,6 +181,7 @@ class Upgrade:
         else:
             slots.commit(self._making.directory, self._kept.name)
         self._committed = True
+        steps.attempt(self._console, lambda: slots.settle(self._making.directory))
         return True
 
     def _survey(self) -> dict[str, slots.Slot]:
