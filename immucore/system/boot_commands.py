@@ -90,7 +90,7 @@ def _named(state: BootState, which: str) -> str:
     found = boot_status.survey(booted.look("judge an image"), values)
     image = next(each for each in found if each.slot == slot)
     if image.count is None:
-        raise CmdlineError(f"cannot judge {slot} bad: there is no image in it")
+        raise CmdlineError(f"cannot judge {slot} bad: {image.problem or 'there is no image in it'}")
     return image.count.image_id
 
 

@@ -46,6 +46,8 @@ def rollback(console: Console, here: Booted, *, force: bool) -> None:
 def _refuse(passive: slots.Slot, *, force: bool) -> None:
     if not passive.whole:
         raise ImageError("cannot roll back: there is no whole passive.img", hint="immucore upgrade SOURCE")
+    if passive.problem:
+        raise ImageError(f"cannot roll back: {passive.problem}", hint="immucore upgrade SOURCE")
     if passive.state == BAD and not force:
         raise ImageError(
             f"cannot roll back: passive ({passive.image_id}) was judged bad",

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from immucore import bootcount, files, superblock, syscalls
 from immucore.bootcount import ACTIVE, BAD, COUNTED, GOOD, PASSIVE, RECOVERY, TRYING
 from immucore.system import images
+from immucore.system.errors import UnreadableError
 from immucore.system.programs import run
 from immucore.values import Record
 
@@ -52,6 +53,7 @@ class Slot(Record):
     image_id: str | None = None  # None also for images of others, which have none
     state: str = TRYING
     running: bool = False  # the system that runs is this image
+    problem: str = ""  # why nobody can tell which one it is; it is bad then, and its count is left alone
 
     @property
     def counted_as(self) -> str:
@@ -71,9 +73,12 @@ def survey(directory: str, values: Mapping[str, str], running: int = 0) -> dict[
 def _slot(name: str, path: str, values: Mapping[str, str], running: int) -> Slot:
     if not whole(path):
         return Slot(name=name)
-    image_id = images.identity(path)
-    state = bootcount.read(values, image_id or name).state
     runs = running != 0 and os.stat(path).st_ino == running
+    try:
+        image_id = images.identity(path)
+    except UnreadableError as error:
+        return Slot(name=name, whole=True, state=BAD, running=runs, problem=error.message)
+    state = bootcount.read(values, image_id or name).state
     return Slot(name=name, whole=True, image_id=image_id, state=state, running=runs)
 
 
@@ -216,16 +221,18 @@ def carry(environment: Environment, moves: Iterable[tuple[Slot, str]]) -> None:
             values = bootcount.written(values, count)
         return values
 
-    moves = [(slot, name) for slot, name in moves if slot.whole and not slot.image_id]
+    moves = [(slot, name) for slot, name in moves if slot.whole and not slot.image_id and not slot.problem]
     environment.update(carried)
 
 
 def forget(environment: Environment, found: Iterable[Slot]) -> None:
     """Keep nothing of images that are in no slot, and let active be the slot that is wanted."""
+    found = [*found]
+    unknown = any(slot.problem for slot in found)  # it may be any of those that are counted
     kept_ids = [slot.counted_as for slot in found if slot.whole]
 
     def without(values: dict[str, str]) -> dict[str, str]:
-        left = bootcount.forgotten(values, kept_ids)
+        left = dict(values) if unknown else bootcount.forgotten(values, kept_ids)
         if bootcount.wanted(left.get(SAVED_ENTRY, "")) != ACTIVE:
             del left[SAVED_ENTRY]
         return left

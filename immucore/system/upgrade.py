@@ -13,7 +13,7 @@ from immucore.bootcount import ACTIVE, BAD, PASSIVE, RECOVERY
 from immucore.errors import ImmucoreError
 from immucore.system import boot_state, booted, hooks, images, slots, sources, state_file, steps, stopping
 from immucore.system.environment import Environment
-from immucore.system.errors import ImageError, told
+from immucore.system.errors import ImageError, UnreadableError, told
 from immucore.system.making import Making, fstype_of
 from immucore.system.oci import Options
 from immucore.system.state_file import Entry
@@ -94,7 +94,9 @@ class Upgrade:
     def _look(self, _: Advance) -> bool:
         self._known = state_file.read(self._top if self._slot == ACTIVE else booted.HOLDER)
         self._failed = {*self._known.failed, *slots.judged_bad(self._environment.read())}
-        self._there = images.identity(self._place) if slots.whole(self._place) else None
+        self._there = None
+        with contextlib.suppress(UnreadableError):  # all the more it has to be replaced
+            self._there = images.identity(self._place) if slots.whole(self._place) else None
         if self._slot == RECOVERY and not self._wishes.force:
             self._keep_a_way_out()
         return True

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 
 from immucore.bootcount import ACTIVE, BAD, GOOD, PASSIVE, TRYING
 from immucore.system import boot_state
-from immucore.system.slots import Slot, after_fallback, judged_bad, kept
+from immucore.system.environment import Environment
+from immucore.system.slots import Slot, after_fallback, forget, judged_bad, kept
 
 RANK = (BAD, TRYING, GOOD)
 
@@ -73,3 +75,14 @@ def test_what_could_not_be_booted_is_not_kept_whatever_its_count_says(wanted: st
 def test_what_was_judged_bad() -> None:
     values = {"tries_aa_1": "0", "tries_bb_1": "2", "tries_cc_1": "x", "good_dd_1": "1", "saved_entry": "0"}
     assert judged_bad(values) == {"aa"}
+
+
+def test_nothing_is_forgotten_while_an_image_cannot_be_read(tmp_path: Path) -> None:
+    """Nobody knows which one it is: it may be any of those that are counted."""
+    environment = Environment(tmp_path / "grubenv")
+    environment.update(lambda _: {"tries_a_1": "0", "saved_entry": "passive"})
+    unreadable = Slot(name=ACTIVE, whole=True, state=BAD, problem="cannot read")
+    forget(environment, [unreadable, slot(PASSIVE, GOOD)])
+    assert environment.read() == {"tries_a_1": "0"}
+    forget(environment, [slot(PASSIVE, GOOD)])
+    assert environment.read() == {}
