@@ -91,7 +91,7 @@ def _named(state: BootState, which: str) -> str:
     found = boot_status.survey(booted.look("judge an image"), values)
     image = next(each for each in found.images if each.slot == slot)
     if image.count is None:
-        reason = "; ".join(found.problems) or "there is no image in it"
+        reason = image.problem or "; ".join(found.problems) or "there is no image in it"
         raise CmdlineError(f"cannot judge {slot} bad: {reason}")
     return image.count.image_id
 

@@ -12,7 +12,7 @@ from immucore.errors import ImmucoreError
 from immucore.log import printable
 from immucore.system import boot_state, booted, health_notice, images, slots, state_file
 from immucore.system.boot_state import MISSING
-from immucore.system.errors import ImageError, told
+from immucore.system.errors import ImageError, UnreadableError, told
 from immucore.values import Record
 
 if TYPE_CHECKING:
@@ -39,12 +39,15 @@ class Image(Record):
     count: Count | None = None  # None in recovery, which is not counted, and where there is no image
     running: bool = False
     entry: Entry | None = None  # where it has come from
+    problem: str = ""  # why nobody can tell which image it is
 
     @property
     def state(self) -> str:
         """Good, trying, bad, missing, or empty where nobody counts."""
         if not self.path:
             return MISSING
+        if self.problem:
+            return BAD
         return self.count.state if self.count else ""
 
 
@@ -102,12 +105,16 @@ def _image(
     if not name:
         return Image(slot=slot)
     path = os.path.join(directory, name)
-    image_id = images.identity(path)
+    place = f"/{slots.DIRECTORY}/{name}"
+    try:
+        image_id = images.identity(path)
+    except UnreadableError as error:
+        return Image(slot=slot, path=place, problem=error.message)
     entry = state.entry(slot)
     label = process.run([*_BLKID, path], timeout_sec=_BLKID_SEC)
     return Image(
         slot=slot,
-        path=f"/{slots.DIRECTORY}/{name}",
+        path=place,
         image_id=image_id,
         label=label.output.strip() if label.status == 0 else "",
         count=bootcount.read(values, image_id or slot) if slot in COUNTED else None,
@@ -135,7 +142,8 @@ def show(arguments: argparse.Namespace) -> int:
 
 def _facts(state: BootState, found: Survey, values: Mapping[str, str]) -> dict[str, Any]:
     ids = {image.slot: (image.image_id or image.slot) if image.path else None for image in found.images}
-    upcoming, _ = bootcount.boot(values, ids[ACTIVE], ids[PASSIVE], [] if ids[RECOVERY] else [RECOVERY])
+    broken = [image.slot for image in found.images if image.problem or not image.path]
+    upcoming, _ = bootcount.boot(values, ids[ACTIVE], ids[PASSIVE], broken)
     return {
         "schema": report.SCHEMA,
         "booted": state.mode,
@@ -160,6 +168,7 @@ def _of_slot(image: Image) -> dict[str, Any]:
         "state": image.state,
         "left": image.count.left if image.count else None,
         "running": image.running,
+        "problem": image.problem,
         **{name: getattr(image.entry, name, "") for name in ("source", "digest", "fs", "date", "action")},
     }
 
@@ -171,6 +180,8 @@ def lines(facts: Mapping[str, Any]) -> Iterator[str]:
         tries = f", {left} {'boot' if left == 1 else 'boots'} left" if image["state"] == "trying" else ""
         what = image["state"] + tries or "not counted"
         yield f"{'*' if image['running'] else ' '} {slot:9} {what:20} {image['image_id'] or '-'}"
+        if image["problem"]:
+            yield f"            {image['problem']}"
         origin = [image["label"], image["source"], image["date"]]
         if any(origin):
             yield f"            {'  '.join(filter(None, origin))}"

@@ -11,6 +11,10 @@ class ImageError(ImmucoreError):
     exit_status = 4
 
 
+class UnreadableError(ImageError):
+    """A file system is there, and cannot be read: what it holds nobody can boot."""
+
+
 def told(error: OSError) -> str:
     """Say what the kernel has refused, and of which file if that is known."""
     return f"'{error.filename}': {error.strerror}" if error.filename else str(error.strerror)

@@ -73,8 +73,9 @@ class Supervisor:
         """Forget images that are nowhere any more, when there are many: the block has 1024 bytes."""
         counted = [name for name in values if name.startswith(slots.TRIES_PREFIX)]
         found = self._slots(values) if len(counted) > TRIES else {}
-        ids = [slot.image_id or name for name, slot in found.items()]
-        return bootcount.forgotten(values, ids) if ids else values
+        if not found or any(slot.problem for slot in found.values()):  # nobody knows which ones are here
+            return values
+        return bootcount.forgotten(values, [slot.image_id or name for name, slot in found.items()])
 
     def _slots(self, values: dict[str, str]) -> dict[str, slots.Slot]:
         """Look at the slots where their partition is mounted anyway, and where that is possible."""
@@ -91,7 +92,7 @@ class Supervisor:
         reason = boot_state.reason(self._state, states)
         told = [each for each in (health_notice.fell_back(self._state, reason),) if each]
         told += [
-            f"{name} ({slot.image_id or 'no id'}) is bad and is not booted again"
+            slot.problem or f"{name} ({slot.image_id or 'no id'}) is bad and is not booted again"
             for name, slot in found.items()
             if states[name] == BAD
         ]

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 
 from immucore import files, process, superblock, syscalls
 from immucore.errors import CmdlineError
+from immucore.log import printable
 from immucore.system import bootable, content
 from immucore.system.content import BLOCK_BYTES, IDENTITY
-from immucore.system.errors import ImageError
+from immucore.system.errors import ImageError, UnreadableError
 from immucore.system.programs import FAKEROOT, run, silent
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ EXT4_FEATURES = (
 )
 _LINE = re.compile(r"^set image_id=([0-9a-f]{16}_[0-9a-f]{8})\s*$", re.MULTILINE)
 _IDENTITY_SEC = 60.0
+_SAID_LINES = 2  # of a reader, the last ones
+_SIGNALLED = 128  # and the number of the signal that has ended a program: its status
+_NO_SUCH_FILE = ("File not found", "is not a directory", "is a directory")  # debugfs
 _GROUP_BLOCKS, _INODES_IN_BLOCK = 8 * BLOCK_BYTES, BLOCK_BYTES // 256
 _SLACK_BLOCKS = 1024  # 4 MiB, for what is rounded up
 # linux/fiemap.h: start, length, flags, mapped, count; start, length, flags of each; ioctl() takes 1024 bytes
@@ -64,7 +68,10 @@ def parse_identity(text: str) -> str | None:
 
 
 def identity(image: str) -> str | None:
-    """Give the identity of an image file, which is not mounted for that; None where it has none."""
+    """Give the identity of an image file, which is not mounted for that; None where it has none.
+
+    Raises UnreadableError where its file system is damaged, and ImageError where nobody can tell.
+    """
     try:
         fstype = superblock.identify(image).fstype
     except OSError:
@@ -76,11 +83,35 @@ def identity(image: str) -> str | None:
     if fstype not in readers:
         return None
     try:
-        return parse_identity(process.run(readers[fstype], timeout_sec=_IDENTITY_SEC).output)
+        done = process.run(readers[fstype], timeout_sec=_IDENTITY_SEC)
     except OSError as error:
         raise ImageError(
             f"cannot read '{image}': there is no {readers[fstype][0]}", hint=str(error)
         ) from None
+    found = parse_identity(done.output)
+    said = printable("; ".join(done.output.strip().splitlines()[-_SAID_LINES:]))
+    failure = f"cannot read which image '{image}' is"
+    if done.status == process.TIMED_OUT or done.status > _SIGNALLED:
+        raise ImageError(
+            f"{failure}: {said or f'{readers[fstype][0]} ended with status {done.status}'}",
+            hint="look at what the kernel says of the disk: dmesg | tail",
+        )
+    if not found and not _is_readable(fstype, done, image):
+        raise UnreadableError(f"{failure}: {said}", hint="put another one in its place: immucore upgrade")
+    return found
+
+
+def _is_readable(fstype: str, done: process.Finished, image: str) -> bool:
+    """Tell by what a reader said whether it has come as far as looking for the file.
+
+    debugfs ends well whatever happens; unsquashfs ends with 1 where a file system is damaged, and with 2
+    where there is no such file.
+    """
+    if fstype == SQUASHFS:
+        return done.status != 1
+    complained = tuple(f"{what}: " for what in ("cat", f"/{IDENTITY}", image))
+    said = any(line.startswith(complained) for line in done.output.splitlines())
+    return not said or any(known in done.output for known in _NO_SUCH_FILE)
 
 
 def new_identity(digest: str) -> str:

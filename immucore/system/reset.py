@@ -130,6 +130,7 @@ class Reset:
         making = self._making
         slots.arm(self._environment, making.image_id)
         slots.replace(making.directory, slot)
+        slots.settle(making.directory)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(making.image)  # what was there before
         self._made[slot] = Entry(

@@ -31,6 +31,7 @@ def rollback(console: Console, here: Booted, *, force: bool) -> None:
                 slots.arm(environment, found[PASSIVE].counted_as)
             slots.carry(environment, ((found[ACTIVE], PASSIVE), (found[PASSIVE], ACTIVE)))
             slots.swap(directory)
+            steps.attempt(console, lambda: slots.settle(directory))
             state = state_file.read(top)
             entries = {slot: state.entry_of(found[slot].image_id) for slot in (ACTIVE, PASSIVE)}
             state.record(ACTIVE, entries[PASSIVE])
@@ -45,6 +46,8 @@ def rollback(console: Console, here: Booted, *, force: bool) -> None:
 def _refuse(passive: slots.Slot, *, force: bool) -> None:
     if not passive.whole:
         raise ImageError("cannot roll back: there is no whole passive.img", hint="immucore upgrade SOURCE")
+    if passive.problem:
+        raise ImageError(f"cannot roll back: {passive.problem}", hint="immucore upgrade SOURCE")
     if passive.state == BAD and not force:
         raise ImageError(
             f"cannot roll back: passive ({passive.image_id}) was judged bad",

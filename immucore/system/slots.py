@@ -23,12 +23,14 @@ from typing import TYPE_CHECKING
 from immucore import bootcount, files, superblock, syscalls
 from immucore.bootcount import ACTIVE, BAD, COUNTED, GOOD, PASSIVE, RECOVERY, TRYING
 from immucore.system import images
+from immucore.system.errors import UnreadableError
 from immucore.system.programs import run
 from immucore.values import Record
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from immucore.system.boot_state import BootState
     from immucore.system.environment import Environment
 
 DIRECTORY = "cOS"
@@ -51,6 +53,7 @@ class Slot(Record):
     image_id: str | None = None  # None also for images of others, which have none
     state: str = TRYING
     running: bool = False  # the system that runs is this image
+    problem: str = ""  # why nobody can tell which one it is; it is bad then, and its count is left alone
 
     @property
     def counted_as(self) -> str:
@@ -70,9 +73,12 @@ def survey(directory: str, values: Mapping[str, str], running: int = 0) -> dict[
 def _slot(name: str, path: str, values: Mapping[str, str], running: int) -> Slot:
     if not whole(path):
         return Slot(name=name)
-    image_id = images.identity(path)
-    state = bootcount.read(values, image_id or name).state
     runs = running != 0 and os.stat(path).st_ino == running
+    try:
+        image_id = images.identity(path)
+    except UnreadableError as error:
+        return Slot(name=name, whole=True, state=BAD, running=runs, problem=error.message)
+    state = bootcount.read(values, image_id or name).state
     return Slot(name=name, whole=True, image_id=image_id, state=state, running=runs)
 
 
@@ -98,10 +104,19 @@ def kept(active: Slot, passive: Slot) -> str:
     return max(active, passive, key=rank).name
 
 
+def after_fallback(found: Mapping[str, Slot], boot: BootState) -> dict[str, Slot]:
+    """Take the image that this boot was to boot, and could not, for bad, whatever its count says.
+
+    One that cannot be loaded is passed over, and nobody has counted that.
+    """
+    given_up = found.get(boot.wanted) if boot.reason else None
+    return {**found, given_up.name: given_up.replace(state=BAD)} if given_up else dict(found)
+
+
 def commit(directory: str, keep: str) -> None:
     """Make `transition.img` active, and of what was there before keep `keep` as passive.
 
-    What is left over is for clean(). Raises OSError, and has changed nothing then.
+    What is left over is for clean(), after settle(). Raises OSError, and has changed nothing then.
     """
     active, passive, spare = (
         os.path.join(directory, name) for name in (FILES[ACTIVE], FILES[PASSIVE], SPARE)
@@ -109,8 +124,9 @@ def commit(directory: str, keep: str) -> None:
     if keep == ACTIVE:
         os.link(active, spare)
         _place(spare, passive)
-        _settle(directory)
     try:
+        if keep == ACTIVE:
+            settle(directory)
         _place(os.path.join(directory, TRANSITION), active)
     except OSError:
         if keep == ACTIVE:
@@ -118,13 +134,13 @@ def commit(directory: str, keep: str) -> None:
                 syscalls.exchange(spare, passive)
             os.unlink(spare if os.path.lexists(spare) else passive)
         raise
-    _settle(directory)
 
 
-def _settle(directory: str) -> None:
+def settle(directory: str) -> None:
     """Have the disk as it is now: GRUB replays no journal, and would boot what was there before.
 
-    Until then no block may be used anew that it would still read (clean()).
+    It belongs behind every change of a slot. Until then no block may be used anew that GRUB would still read
+    (clean()). Raises OSError.
     """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -144,22 +160,23 @@ def _place(new: str, place: str) -> None:
 
 
 def swap(directory: str) -> None:
-    """Make passive active, and active passive; without an active it is both. Raises OSError."""
+    """Make passive active, and active passive; without an active it is both. Raises OSError.
+
+    It has changed nothing then; settle() is to follow.
+    """
     active, passive = (os.path.join(directory, FILES[name]) for name in (ACTIVE, PASSIVE))
     if os.path.lexists(active):
         syscalls.exchange(active, passive)
     else:
         os.link(passive, active)
-    _settle(directory)
 
 
 def replace(directory: str, slot: str) -> None:
-    """Put `transition.img` in the place of the image of a slot. Raises OSError."""
+    """Put `transition.img` in the place of the image of a slot; settle() is to follow. Raises OSError."""
     _place(os.path.join(directory, TRANSITION), os.path.join(directory, FILES[slot]))
     if slot == RECOVERY:
         with contextlib.suppress(FileNotFoundError):
             os.rename(os.path.join(directory, EARLIER_RECOVERY), os.path.join(directory, SPARE))
-    _settle(directory)
 
 
 def clean(directory: str, running: int) -> None:
@@ -204,16 +221,18 @@ def carry(environment: Environment, moves: Iterable[tuple[Slot, str]]) -> None:
             values = bootcount.written(values, count)
         return values
 
-    moves = [(slot, name) for slot, name in moves if slot.whole and not slot.image_id]
+    moves = [(slot, name) for slot, name in moves if slot.whole and not slot.image_id and not slot.problem]
     environment.update(carried)
 
 
 def forget(environment: Environment, found: Iterable[Slot]) -> None:
     """Keep nothing of images that are in no slot, and let active be the slot that is wanted."""
+    found = [*found]
+    unknown = any(slot.problem for slot in found)  # it may be any of those that are counted
     kept_ids = [slot.counted_as for slot in found if slot.whole]
 
     def without(values: dict[str, str]) -> dict[str, str]:
-        left = bootcount.forgotten(values, kept_ids)
+        left = dict(values) if unknown else bootcount.forgotten(values, kept_ids)
         if bootcount.wanted(left.get(SAVED_ENTRY, "")) != ACTIVE:
             del left[SAVED_ENTRY]
         return left

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from immucore.bootcount import ACTIVE, BAD, PASSIVE, RECOVERY
 from immucore.errors import ImmucoreError
-from immucore.system import booted, hooks, images, slots, sources, state_file, steps, stopping
+from immucore.system import boot_state, booted, hooks, images, slots, sources, state_file, steps, stopping
 from immucore.system.environment import Environment
-from immucore.system.errors import ImageError, told
+from immucore.system.errors import ImageError, UnreadableError, told
 from immucore.system.making import Making, fstype_of
 from immucore.system.oci import Options
 from immucore.system.state_file import Entry
@@ -94,7 +94,9 @@ class Upgrade:
     def _look(self, _: Advance) -> bool:
         self._known = state_file.read(self._top if self._slot == ACTIVE else booted.HOLDER)
         self._failed = {*self._known.failed, *slots.judged_bad(self._environment.read())}
-        self._there = images.identity(self._place) if slots.whole(self._place) else None
+        self._there = None
+        with contextlib.suppress(UnreadableError):  # all the more it has to be replaced
+            self._there = images.identity(self._place) if slots.whole(self._place) else None
         if self._slot == RECOVERY and not self._wishes.force:
             self._keep_a_way_out()
         return True
@@ -168,7 +170,7 @@ class Upgrade:
         stopping.point()
         stopping.hold()
         if self._slot == ACTIVE:
-            found = self._survey()
+            found = slots.after_fallback(self._survey(), boot_state.read())
             self._kept = found[slots.kept(found[ACTIVE], found[PASSIVE])]
             self._armed = True
             slots.arm(self._environment, self._making.image_id)
@@ -181,6 +183,7 @@ class Upgrade:
         else:
             slots.commit(self._making.directory, self._kept.name)
         self._committed = True
+        steps.attempt(self._console, lambda: slots.settle(self._making.directory))
         return True
 
     def _survey(self) -> dict[str, slots.Slot]:

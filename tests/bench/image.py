@@ -23,7 +23,7 @@ parts = (
     lambda: making.unpack(silent),
     lambda: making.build("COS_ACTIVE", silent),
     lambda: making.verify(silent),
-    lambda: slots.commit(directory, PASSIVE),
+    lambda: (slots.commit(directory, PASSIVE), slots.settle(directory)),
 )
 took_usec = []
 for part in parts:

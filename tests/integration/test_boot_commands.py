@@ -83,6 +83,7 @@ def test_status_of_a_good_boot(boot: Boot) -> None:
             "state": "" if slot == "recovery" else "trying",
             "left": None if slot == "recovery" else 3,
             "running": slot == "active",
+            "problem": "",
             "source": source,
             "digest": str(ids[slot])[:16],
             "fs": "",

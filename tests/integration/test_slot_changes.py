@@ -18,10 +18,11 @@ from immucore.system import slots
 
 CHANGING = ("link", "rename", "renameat2", "unlink", "fsync")
 RUN = "from immucore.system import slots"
+END = "slots.settle(sys.argv[1]); slots.clean(sys.argv[1], int(sys.argv[2]))"
 STEPS = {
-    "active": "slots.commit(sys.argv[1], 'active'); slots.clean(sys.argv[1], int(sys.argv[2]))",
-    "passive": "slots.commit(sys.argv[1], 'passive'); slots.clean(sys.argv[1], int(sys.argv[2]))",
-    "swap": "slots.swap(sys.argv[1])",
+    "active": f"slots.commit(sys.argv[1], 'active'); {END}",
+    "passive": f"slots.commit(sys.argv[1], 'passive'); {END}",
+    "swap": "slots.swap(sys.argv[1]); slots.settle(sys.argv[1])",
 }
 START = {"active.img": "A", "passive.img": "P", "transition.img": "N"}
 
@@ -134,6 +135,30 @@ def test_a_commit_that_the_kernel_refuses_has_changed_nothing(
     assert found(directory) == start
 
 
+@pytest.mark.parametrize("passive", [True, False])
+@pytest.mark.parametrize("keep", [ACTIVE, PASSIVE])
+def test_a_disk_that_cannot_be_written_to_loses_no_image(
+    tmp_path: Path, keep: str, passive: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fails before the commit, and nothing was changed, or behind it, and everything was."""
+    start = {name: START[name] for name in START if passive or name != "passive.img"}
+    directory = put(tmp_path / "images", start)
+
+    def fail(_descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    if keep == ACTIVE:
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            slots.commit(str(directory), keep)
+        assert found(directory) == start
+    else:
+        slots.commit(str(directory), keep)
+        assert found(directory) == {**start, "active.img": "N", "transition.img": "A"}
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            slots.settle(str(directory))
+
+
 @native.isolated(user=False)
 def test_grub_sees_at_once_what_was_committed(tmp_path: Path) -> None:
     """It replays no journal: what stands only there, a power cut would take back for it."""
@@ -152,6 +177,7 @@ def test_grub_sees_at_once_what_was_committed(tmp_path: Path) -> None:
         (lambda: slots.swap(str(directory)), "A", "N"),
     ):
         act()
+        slots.settle(str(directory))
         for name, content in (("active", active), ("passive", passive)):
             seen = native.command("grub-fstest", disk, "cat", f"(loop0)/cOS/{name}.img")
             assert seen == content

@@ -130,6 +130,33 @@ def test_what_becomes_of_the_others(
     assert here.state().get("failed", []) == [str(image_id)[:16] for image_id in bad]
 
 
+def test_after_a_fallback_that_nobody_has_counted(boot: upgrading.Boot, new: Path) -> None:
+    """The boot loader passes over an image that it cannot load: its count is as good as it ever was."""
+    here = boot("passive")
+    line = f"{upgrading.COMMANDS['passive']} upgrade_failure=active\n"
+    here.machine.path("/machine/cmdline").write_text(line)
+    before = here.images()
+    here.set(judged(before["active"], GOOD), judged(before["passive"], TRYING))
+    ran = here.run("upgrade", f"dir:{new}")
+    assert ran.status == 0, ran.stderr
+    assert bootable(here)["passive"] == before["passive"]
+
+
+def test_an_image_that_cannot_be_read_is_not_kept(boot: upgrading.Boot, new: Path) -> None:
+    here = boot("recovery")
+    before = here.images()
+    here.set(judged(before["active"], GOOD), judged(before["passive"], TRYING))
+    with here.machine.partition("state") as path, (path / "cOS/active.img").open("r+b") as file:
+        file.seek(4096)
+        file.write(bytes(4096))
+    here = boot("passive")
+    ran = here.run("boot", "status")
+    assert (ran.status, "cannot read which image" in ran.stdout) == (5, True), ran.stdout + ran.stderr
+    ran = here.run("upgrade", f"dir:{new}")
+    assert ran.status == 0, ran.stderr
+    assert bootable(here)["passive"] == before["passive"]
+
+
 def test_two_upgrades_without_a_reboot(boot: upgrading.Boot, new: Path, newer: Path) -> None:
     """The image that runs is good, and passive by then: the second upgrade must not put active over it."""
     here = boot("active")

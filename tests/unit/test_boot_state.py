@@ -108,7 +108,7 @@ def test_why_the_boot_loader_fell_back(states: dict[str, str], reason: str) -> N
 
 
 def facts(**changes: Any) -> dict[str, Any]:
-    slot = {"image_id": None, "label": "", "source": "", "date": "", "running": False}
+    slot = {"image_id": None, "label": "", "source": "", "date": "", "running": False, "problem": ""}
     whole = {
         "booted": "active",
         "wanted": "active",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 
 from immucore.bootcount import ACTIVE, BAD, GOOD, PASSIVE, TRYING
-from immucore.system.slots import Slot, judged_bad, kept
+from immucore.system import boot_state
+from immucore.system.environment import Environment
+from immucore.system.slots import Slot, after_fallback, forget, judged_bad, kept
 
 RANK = (BAD, TRYING, GOOD)
 
@@ -56,6 +59,30 @@ def test_the_better_one_is_never_given_up() -> None:
                 assert (keeps.whole, RANK.index(keeps.state)) >= (gone.whole, RANK.index(gone.state))
 
 
+@pytest.mark.parametrize("wanted", [ACTIVE, PASSIVE])
+def test_what_could_not_be_booted_is_not_kept_whatever_its_count_says(wanted: str) -> None:
+    other = {ACTIVE: PASSIVE, PASSIVE: ACTIVE}[wanted]
+    found = {wanted: slot(wanted, GOOD), other: slot(other, TRYING, running=True)}
+    assert kept(found[ACTIVE], found[PASSIVE]) == wanted
+    line = f"root=LABEL=COS_STATE cos-img/filename=/cOS/{other}.img upgrade_failure={wanted}".encode()
+    left = after_fallback(found, boot_state.of(line, {}, other, None))
+    assert kept(left[ACTIVE], left[PASSIVE]) == other
+    assert after_fallback(found, boot_state.of(b"", {}, other, None)) == found
+    recovery = boot_state.of(b"", {"mode_asked": "recovery"}, other, None)
+    assert after_fallback(found, recovery) == found
+
+
 def test_what_was_judged_bad() -> None:
     values = {"tries_aa_1": "0", "tries_bb_1": "2", "tries_cc_1": "x", "good_dd_1": "1", "saved_entry": "0"}
     assert judged_bad(values) == {"aa"}
+
+
+def test_nothing_is_forgotten_while_an_image_cannot_be_read(tmp_path: Path) -> None:
+    """Nobody knows which one it is: it may be any of those that are counted."""
+    environment = Environment(tmp_path / "grubenv")
+    environment.update(lambda _: {"tries_a_1": "0", "saved_entry": "passive"})
+    unreadable = Slot(name=ACTIVE, whole=True, state=BAD, problem="cannot read")
+    forget(environment, [unreadable, slot(PASSIVE, GOOD)])
+    assert environment.read() == {"tries_a_1": "0"}
+    forget(environment, [slot(PASSIVE, GOOD)])
+    assert environment.read() == {}
