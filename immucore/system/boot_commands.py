@@ -61,7 +61,7 @@ def _good(_: argparse.Namespace) -> int:
 
 def _bad(arguments: argparse.Namespace) -> int:
     state = boot_state.read()
-    image_id = _named(state, arguments.which) if arguments.which else _running(state, "bad")
+    image_id = _running(state, "bad") if arguments.which is None else _named(state, arguments.which)
     count = _judge(state, image_id, bootcount.condemned)
     print(f"{count.image_id} is bad: it is not booted again")
     return 0
