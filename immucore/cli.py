@@ -304,6 +304,9 @@ def main(arguments: Sequence[str], add: Callable[[Commands], None] | None = None
         if error.hint:
             print(f"  hint: {error.hint}", file=sys.stderr)
         return error.exit_status
+    except KeyboardInterrupt:
+        print("immucore: stopped", file=sys.stderr)
+        return Interrupted.exit_status
     except OSError as error:
         if error.filename:
             print(f"immucore: cannot read '{error.filename}': {error.strerror}", file=sys.stderr)

@@ -14,7 +14,7 @@ from immucore import process, syscalls
 from immucore.log import printable
 from immucore.system import stopping
 from immucore.system.errors import ImageError
-from immucore.system.programs import TELL_SEC
+from immucore.system.programs import TELL_SEC, together
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -75,7 +75,7 @@ def _found(stage: str, *directories: str) -> list[str]:
 def _run(argv: list[str], path: str, stage: str, environment: Mapping[str, str]) -> None:
     try:
         done = process.run_apart(
-            argv,
+            together(argv),
             timeout_sec=LIMIT_SEC,
             environment={"HOME": "/root", "IMMUCORE_STAGE": stage, **environment},
             meanwhile=lambda _sec: stopping.point(),

@@ -67,7 +67,10 @@ def _upgrade(arguments: argparse.Namespace) -> int:
 
     configured = settings.read()
     wishes = wished(arguments, configured)
-    console, restart = _begin(arguments, arguments.reboot or configured.get("reboot"), configured)
+    when = arguments.reboot
+    if when is None and not arguments.recovery:  # it runs only when it is needed: nothing waits for a reboot
+        when = configured.get("reboot")
+    console, restart = _begin(arguments, when, configured)
     with booted.at_work("upgrade") as here, stopping.stoppable("nothing was changed"):
         done = upgrade.Upgrade(console, here, wishes).run()
     if done:
@@ -76,10 +79,10 @@ def _upgrade(arguments: argparse.Namespace) -> int:
 
 
 def _rollback(arguments: argparse.Namespace) -> int:
-    from immucore.system import booted, rollback
+    from immucore.system import booted, rollback, stopping
 
     console, restart = _begin(arguments, arguments.reboot, settings.read())
-    with booted.at_work("rollback") as here:
+    with booted.at_work("rollback") as here, stopping.stoppable("nothing was changed"):
         rollback.rollback(console, here, force=arguments.force)
     restart()
     return 0
@@ -117,10 +120,17 @@ _KEYS: dict[str, type] = {
     **dict.fromkeys(("source", "recovery-source", "filesystem", "authfile", "cert-dir"), str),
     "tls-verify": bool,
 }
+_OF_REBOOTS = ("reboot", "window", "etcd")
 
 
 def check(configured: dict[str, Any]) -> None:
-    """Look whether what upgrade.yaml says of images can be so. Raises CmdlineError."""
+    """Look whether what upgrade.yaml says can be so, as far as that is of images. Raises CmdlineError."""
+    known = (*_KEYS, *_OF_REBOOTS)
+    for key in configured:
+        if key not in known:
+            raise CmdlineError(
+                f"cannot read {settings.PATH}: '{key}' is not known", hint=f"there are {', '.join(known)}"
+            )
     for key, kind in _KEYS.items():
         if key in configured and not isinstance(configured[key], kind):
             what = "true or false" if kind is bool else "a text"
@@ -131,7 +141,9 @@ def wished(arguments: argparse.Namespace, configured: dict[str, Any]) -> Wishes:
     """Put together what was typed and what upgrade.yaml says. Raises CmdlineError."""
     check(configured)
     key = "recovery-source" if arguments.recovery else "source"
-    source = arguments.source or configured.get(key) or configured.get("source")
+    source = arguments.source
+    if source is None:
+        source = configured.get(key) or configured.get("source")
     if not source:
         raise CmdlineError(
             "cannot upgrade: there is no source", hint=f"name one, or write `{key}: …` in {settings.PATH}"

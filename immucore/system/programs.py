@@ -35,6 +35,11 @@ _PACKAGES = {
 }
 
 
+def together(argv: Sequence[str]) -> list[str]:
+    """Have a program end with this process, whatever ends that."""
+    return [*(_TOGETHER if process.find(_TOGETHER[0]) else ()), *argv]
+
+
 def silent(_done: int, _total: int) -> None:
     """Tell nobody."""
 
@@ -65,7 +70,7 @@ def run(
             advance(min(_read_bytes(), total_bytes), total_bytes)
 
     done = process.run(
-        [*_TOGETHER, *argv] if process.find(_TOGETHER[0]) else argv,
+        together(argv),
         typed=typed.encode(),
         environment={**_surroundings(), **(environment or {})},
         meanwhile=meanwhile,

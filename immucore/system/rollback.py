@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from immucore.bootcount import ACTIVE, BAD, PASSIVE
-from immucore.system import booted, slots, state_file, steps
+from immucore.system import booted, slots, state_file, steps, stopping
 from immucore.system.environment import Environment
 from immucore.system.errors import ImageError, told
 
@@ -26,11 +26,15 @@ def rollback(console: Console, here: Booted, *, force: bool) -> None:
             directory = os.path.join(top, slots.DIRECTORY)
             found = slots.survey(directory, environment.read(), here.running(booted.STATE))
             _refuse(found[PASSIVE], force=force)
+            stopping.point()
+            stopping.hold()
             image_id = found[PASSIVE].image_id
             if found[PASSIVE].state == BAD:
                 slots.arm(environment, found[PASSIVE].counted_as)
-            slots.carry(environment, ((found[ACTIVE], PASSIVE), (found[PASSIVE], ACTIVE)))
+            moves, known = ((found[ACTIVE], PASSIVE), (found[PASSIVE], ACTIVE)), environment.read()
+            slots.carry(environment, moves, known, either=True)
             slots.swap(directory)
+            steps.attempt(console, lambda: slots.carry(environment, moves, known))
             steps.attempt(console, lambda: slots.settle(directory))
             state = state_file.read(top)
             entries = {slot: state.entry_of(found[slot].image_id) for slot in (ACTIVE, PASSIVE)}

@@ -212,12 +212,25 @@ def disarm(environment: Environment, image_id: str) -> None:
     environment.update(without)
 
 
-def carry(environment: Environment, moves: Iterable[tuple[Slot, str]]) -> None:
-    """Have what is known of images go with them to another slot, where that is not by their identity."""
+def carry(
+    environment: Environment,
+    moves: Iterable[tuple[Slot, str]],
+    known: Mapping[str, str],
+    *,
+    either: bool = False,
+) -> None:
+    """Have what is known of images go with them to another slot, where that is not by their identity.
+
+    `known` are the variables before anything was moved. With `either` a slot has the better count of what is in
+    it and of what comes: for as long as a power cut leaves one or the other.
+    """
 
     def carried(values: dict[str, str]) -> dict[str, str]:
-        counts = [bootcount.read(values, slot.name).replace(image_id=name) for slot, name in moves]
-        for count in counts:
+        for slot, name in moves:
+            count = bootcount.read(known, slot.name).replace(image_id=name)
+            if either:
+                there = bootcount.read(known, name)
+                count = count.replace(left=max(count.left, there.left), good=count.good or there.good)
             values = bootcount.written(values, count)
         return values
 

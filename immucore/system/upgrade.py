@@ -93,7 +93,8 @@ class Upgrade:
 
     def _look(self, _: Advance) -> bool:
         self._known = state_file.read(self._top if self._slot == ACTIVE else booted.HOLDER)
-        self._failed = {*self._known.failed, *slots.judged_bad(self._environment.read())}
+        bad = slots.judged_bad(self._environment.read())
+        self._failed = tuple(dict.fromkeys((*self._known.failed, *sorted(bad))))  # the oldest first
         self._there = None
         with contextlib.suppress(UnreadableError):  # all the more it has to be replaced
             self._there = images.identity(self._place) if slots.whole(self._place) else None
@@ -174,7 +175,8 @@ class Upgrade:
             self._kept = found[slots.kept(found[ACTIVE], found[PASSIVE])]
             self._armed = True
             slots.arm(self._environment, self._making.image_id)
-            slots.carry(self._environment, [(self._kept, PASSIVE)] if self._kept.name == ACTIVE else [])
+            moves = [(self._kept, PASSIVE)] if self._kept.name == ACTIVE else []
+            slots.carry(self._environment, moves, self._environment.read())
         return True
 
     def _commit(self, _: Advance) -> bool:
@@ -204,7 +206,7 @@ class Upgrade:
         if self._slot == ACTIVE:
             self._known.record(PASSIVE, self._known.entry_of(self._kept.image_id))
         self._known.record(self._slot, made)
-        self._known.failed = sorted(self._failed - {making.content})
+        self._known.failed = [each for each in self._failed if each != making.content]
         booted.record(self._console, self._here, self._top, booted.MODES[self._slot], self._known)
         if self._slot == ACTIVE:
             steps.attempt(self._console, lambda: slots.forget(self._environment, self._survey().values()))

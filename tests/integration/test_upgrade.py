@@ -282,6 +282,17 @@ def test_what_was_judged_bad(boot: upgrading.Boot, new: Path, newer: Path) -> No
     assert here.state()["failed"] == []
 
 
+def test_failures_stay_in_their_order(boot: upgrading.Boot, new: Path) -> None:
+    """The oldest ones are those that go when there are too many."""
+    here = boot("recovery")
+    with here.machine.partition("state") as path:
+        (path / "state.yaml").write_text("failed: [z, a, m]\n")
+    here = boot("active")
+    ran = here.run("upgrade", f"dir:{new}")
+    assert ran.status == 0, ran.stderr
+    assert here.state()["failed"] == ["z", "a", "m"]
+
+
 def test_from_a_registry(boot: upgrading.Boot, new: Path, tmp_path: Path) -> None:
     here = boot("active")
     with Registry(tmp_path / "registry", tls=True) as registry:

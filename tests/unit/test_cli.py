@@ -267,6 +267,15 @@ def test_a_program_that_refuses(tmp_path: Path) -> None:
     assert f"exit status 3\n{said.stderr}" == (NO_STATE / "error").read_text()
 
 
+def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> list[str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "self_test", interrupted)
+    assert cli.main(["self-test"]) == 4
+    assert capsys.readouterr().err == "immucore: stopped\n"
+
+
 def test_nobody_reads_on(tmp_path: Path) -> None:
     read, write = os.pipe()
     os.close(read)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from immucore import bootcount
 from immucore.bootcount import ACTIVE, BAD, GOOD, PASSIVE, TRYING
 from immucore.system import boot_state
 from immucore.system.environment import Environment
-from immucore.system.slots import Slot, after_fallback, forget, judged_bad, kept
+from immucore.system.slots import Slot, after_fallback, carry, forget, judged_bad, kept
 
 RANK = (BAD, TRYING, GOOD)
 
@@ -86,3 +87,19 @@ def test_nothing_is_forgotten_while_an_image_cannot_be_read(tmp_path: Path) -> N
     assert environment.read() == {"tries_a_1": "0"}
     forget(environment, [slot(PASSIVE, GOOD)])
     assert environment.read() == {}
+
+
+def test_a_power_cut_in_a_rollback_gives_no_good_image_the_count_of_a_bad_one(tmp_path: Path) -> None:
+    """Images without an identity are counted by their slot, and the two are exchanged in between."""
+    environment = Environment(tmp_path / "grubenv")
+    environment.write({"tries_active": "0", "tries_passive": "3", "good_passive": "1"})
+    found = {name: Slot(name=name, whole=True) for name in (ACTIVE, PASSIVE)}
+    moves, known = ((found[ACTIVE], PASSIVE), (found[PASSIVE], ACTIVE)), environment.read()
+
+    carry(environment, moves, known, either=True)
+    between = [bootcount.read(environment.read(), name).state for name in (ACTIVE, PASSIVE)]
+    carry(environment, moves, known)
+    after = [bootcount.read(environment.read(), name).state for name in (ACTIVE, PASSIVE)]
+
+    assert between == [GOOD, GOOD]
+    assert after == [GOOD, BAD]
