@@ -221,8 +221,8 @@ def carry(
 ) -> None:
     """Have what is known of images go with them to another slot, where that is not by their identity.
 
-    `known` are the variables before anything was moved. With `either` a slot has the better count of what is in
-    it and of what comes: for as long as a power cut leaves one or the other.
+    `known` are the variables before anything was moved. With `either` a slot has the better count of what is
+    in it and of what comes: for as long as a power cut leaves one or the other.
     """
 
     def carried(values: dict[str, str]) -> dict[str, str]:
