@@ -48,11 +48,11 @@ FILES = {
         f"[Unit]\nConditionKernelCommandLine={FAULT}=crash\n[Service]\nExecStart=/bin/sh -c 'kill -SEGV 1'\n"
     ),
 }
-# Who waits for a failing boot waits for its deadline.
+# Who waits for a boot that gets stuck or is unhealthy waits for its deadline.
 IMPATIENT = f"""\
 stages:
   initramfs:
-    - if: grep -q {FAULT} /proc/cmdline
+    - if: grep -q {FAULT}=[su] /proc/cmdline
       files: [{{path: /etc/immucore/health.yaml, content: "deadline: 30"}}]
 """
 
