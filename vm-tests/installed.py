@@ -39,20 +39,16 @@ FILES = {
         "echo the database is not there\nexit 1\n"
     ),
     "etc/systemd/system/boot-complete.target.d/fault.conf": "[Unit]\nRequires=stuck.service\n",
-    "etc/systemd/system/multi-user.target.d/fault.conf": "[Unit]\nWants=crash.service\n",
     "etc/systemd/system/stuck.service": (
         f"[Unit]\nConditionKernelCommandLine={FAULT}=stuck\nBefore=boot-complete.target\n"
         "[Service]\nType=oneshot\nTimeoutStartSec=infinity\nExecStart=/bin/sleep infinity\n"
-    ),
-    "etc/systemd/system/crash.service": (
-        f"[Unit]\nConditionKernelCommandLine={FAULT}=crash\n[Service]\nExecStart=/bin/sh -c 'kill -SEGV 1'\n"
     ),
 }
 # Who waits for a boot that gets stuck or is unhealthy waits for its deadline.
 IMPATIENT = f"""\
 stages:
   initramfs:
-    - if: grep -q {FAULT}=[su] /proc/cmdline
+    - if: grep -q {FAULT} /proc/cmdline
       files: [{{path: /etc/immucore/health.yaml, content: "deadline: 30"}}]
 """
 

@@ -138,22 +138,6 @@ def test_no_verdict(work: Path, fault: str, starts: int, told: str) -> None:
     assert told in report.console
 
 
-def test_a_frozen_system_is_the_watchdogs(work: Path) -> None:
-    """PID 1 crashes, and nothing but the hardware is left to start the machine anew."""
-    faulty = {"extra_active_cmdline": f"{installed.FAULT}=crash"}
-    suite = "bookworm-stacks"  # its kernel has a driver for the watchdog that QEMU has
-    own = installed.changed(
-        work, "oem", lambda root: installed.set_environment(root, tries=1, **faulty), suite
-    )
-    machine = installed.machine(work, efi=False, own=own, devices=("-device", "i6300esb"))
-
-    report = machine.boot(limit_s=2 * LIMIT_S, commands=(JUDGED, STATUS, NOTICE))
-
-    came_up(report, "passive", wanted=False)
-    assert "Kernel panic" not in report.console
-    assert "no health within" not in report.console  # the deadline of a boot is later
-
-
 def test_a_broken_initramfs(work: Path) -> None:
     """The kernel panics, three times, and a fallback is no reason to try it once more."""
 
