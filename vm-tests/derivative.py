@@ -37,7 +37,7 @@ PACKAGES = """
 systemd systemd-sysv udev dracut kmod e2fsprogs util-linux mount login passwd attr dmsetup
 """
 # A derivative of another flavour is <suite>-<flavour>: `stacks` has what assembles LUKS, LVM and md, a
-# kernel that knows USB and watchdogs, and a policy of SELinux', whose labels its images have.
+# kernel that knows USB, and a policy of SELinux', whose labels its images have.
 FLAVOURS = {
     "": "linux-image-cloud-amd64",
     "stacks": (
@@ -396,7 +396,7 @@ usr/bin/*perl* usr/lib/*/perl* usr/lib/*/gconv usr/lib/*/libperl* usr/share/i18n
 """
 # The modules that images keep: what a test may boot from or mount. The others udev would load for nothing.
 MODULES = """
-fs lib crypto drivers/virtio drivers/block drivers/md drivers/nvme drivers/char/hw_random drivers/watchdog
+fs lib crypto drivers/virtio drivers/block drivers/md drivers/nvme drivers/char/hw_random
 """
 SLOTS = ("active", "passive", "recovery")
 LABELS = {"active": "COS_ACTIVE", "passive": "COS_PASSIVE", "recovery": "COS_SYSTEM"}

@@ -57,9 +57,9 @@ STATUS = "immucore boot status --json"
 JUDGED = "timeout 120 sh -c 'until grep -q good /run/immucore/health.json; do sleep 0.2; done'"
 
 
-def tree(name: str = "first", more: str = "", suite: str = SUITE) -> Path:
+def tree(name: str = "first", more: str = "") -> Path:
     """Return what an image is made of; see derivative.bootable_tree."""
-    return derivative.bootable_tree(suite, name, FILES, more)
+    return derivative.bootable_tree(SUITE, name, FILES, more)
 
 
 def source(name: str, more: str = "") -> Extra:
@@ -85,9 +85,9 @@ def upgrade(name: str, *options: str) -> str:
 
 
 @functools.cache
-def disk(suite: str = SUITE) -> Disk:
+def disk() -> Disk:
     """Return the disk that `immucore install` makes for both firmwares; all tests share it."""
-    content = tree(suite=suite)
+    content = tree()
     words = [
         "install",
         "--json",
@@ -103,7 +103,7 @@ def disk(suite: str = SUITE) -> Disk:
             set_environment(root, **ENVIRONMENT)
 
     return described(
-        cached(f"{suite}-installed", digest(content.name, PROGRAM.parent, repr(words), CODE), make)
+        cached(f"{SUITE}-installed", digest(content.name, PROGRAM.parent, repr(words), CODE), make)
     )
 
 
@@ -122,10 +122,10 @@ def described(path: Path) -> Disk:
     return Disk(path, SUITE, partitions, {each["name"]: each["start"] * 512 for each in table})
 
 
-def changed(work: Path, name: str, what: Callable[[Path], object], suite: str = SUITE) -> Disk:
+def changed(work: Path, name: str, what: Callable[[Path], object]) -> Disk:
     """Return an installed disk of a test's own, with something done to one of its partitions."""
     own = work / "disk.raw"
-    run("cp", "--sparse=always", "--reflink=auto", disk(suite).path, own)
+    run("cp", "--sparse=always", "--reflink=auto", disk().path, own)
     with mounted(described(own), name) as root:
         what(root)
     return described(own)

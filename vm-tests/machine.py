@@ -94,7 +94,6 @@ class Machine:
         screen: bool = False,
         efi: bool = False,
         boot_loader: bool = False,
-        devices: Sequence[str] = (),
         work: Path | None = None,
     ) -> None:
         self.disk = disk
@@ -113,7 +112,6 @@ class Machine:
         self.screen = screen
         self.efi = efi
         self.boot_loader = boot_loader
-        self.devices = devices  # more of QEMU's arguments
         self.work = (work or CACHE / "run") / f"machine.{os.getpid()}.{next(self.numbers)}"
         self.work.mkdir(parents=True)
         self.boots = 0
@@ -198,7 +196,7 @@ class Machine:
 
     def arguments(self) -> list[str]:
         """Return QEMU's command line, but for what a boot adds."""
-        arguments = [*QEMU.split(), "-smp", "1", "-m", str(self.memory_mib), *self.devices]
+        arguments = [*QEMU.split(), "-smp", "1", "-m", str(self.memory_mib)]
         if self.screen:
             arguments += ["-device", "VGA"]
         if self.efi:

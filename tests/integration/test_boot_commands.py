@@ -21,15 +21,6 @@ from immucore.bootcount import Count
 Boot = Callable[..., Upgradable]
 
 
-@pytest.fixture(scope="module")
-def upgradable(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    native.require_root()
-    folder = tmp_path_factory.mktemp("commanded")
-    versions = {"active": "a", "passive": "p", "recovery": "r"}
-    upgrading.make_disk(folder / "disk.img", folder / "work", versions)
-    return folder / "disk.img"
-
-
 @pytest.fixture
 def boot(upgradable: Path, tmp_path: Path, source: Sequence[str]) -> Iterator[Boot]:
     disk = tmp_path / "disk.img"
