@@ -396,7 +396,7 @@ usr/bin/*perl* usr/lib/*/perl* usr/lib/*/gconv usr/lib/*/libperl* usr/share/i18n
 """
 # The modules that images keep: what a test may boot from or mount. The others udev would load for nothing.
 MODULES = """
-fs lib crypto drivers/virtio drivers/block drivers/md drivers/nvme drivers/char/hw_random
+fs lib crypto drivers/virtio drivers/block drivers/md drivers/nvme drivers/char/hw_random drivers/watchdog
 """
 SLOTS = ("active", "passive", "recovery")
 LABELS = {"active": "COS_ACTIVE", "passive": "COS_PASSIVE", "recovery": "COS_SYSTEM"}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import derivative
+import stacks
 from derivative import cached, digest, run
 from disk import MIB, Disk, Partition
 from machine import Extra, Machine
@@ -25,6 +26,7 @@ from immucore import grubenv
 PROGRAM = derivative.PROJECT / "build/bundle/immucore-system/immucore"
 CODE = digest(Path(__file__))
 SUITE = "bookworm"
+WATCHED = stacks.SUITE  # whose kernel has drivers of watchdogs
 # An image has some 170 MiB; an upgrade needs room for a tree and one more.
 SIZES_MIB = {"efi": 16, "oem": 16, "recovery": 640, "state": 1024}
 PERSISTENT_MIB = 64
@@ -32,16 +34,24 @@ PERSISTENT_MIB = 64
 ENVIRONMENT = {"timeout": "0", "extra_cmdline": "panic=1 rd.cos.onfail=reboot rd.cos.debug"}
 # Every image can fail in these ways, when the kernel's command line says so: FAULT.
 FAULT = "vm-test.fault"
+FROZEN = "vm-test.frozen"
 FILES = {
     "etc/immucore/health.yaml": "deadline: 300\n",
     "etc/immucore/checks.d/database": (
         f"#!/bin/sh\ngrep -q {FAULT}=unhealthy /proc/cmdline || exit 0\n"
         "echo the database is not there\nexit 1\n"
     ),
-    "etc/systemd/system/boot-complete.target.d/fault.conf": "[Unit]\nRequires=stuck.service\n",
+    "etc/systemd/system/boot-complete.target.d/fault.conf": (
+        "[Unit]\nRequires=stuck.service\nWants=frozen.service\n"
+    ),
     "etc/systemd/system/stuck.service": (
         f"[Unit]\nConditionKernelCommandLine={FAULT}=stuck\nBefore=boot-complete.target\n"
         "[Service]\nType=oneshot\nTimeoutStartSec=infinity\nExecStart=/bin/sleep infinity\n"
+    ),
+    # PID 1 crashes, and does nothing any more, once the watchdog counts.
+    "etc/systemd/system/frozen.service": (
+        f"[Unit]\nConditionKernelCommandLine={FROZEN}\n[Service]\nExecStart=/bin/sh -c"
+        " 'until grep -qx active /sys/class/watchdog/watchdog0/state; do sleep 0.2; done; kill -SEGV 1'\n"
     ),
 }
 # Who waits for a boot that gets stuck or is unhealthy waits for its deadline.
@@ -57,9 +67,12 @@ STATUS = "immucore boot status --json"
 JUDGED = "timeout 120 sh -c 'until grep -q good /run/immucore/health.json; do sleep 0.2; done'"
 
 
-def tree(name: str = "first", more: str = "") -> Path:
+def tree(name: str = "first", more: str = "", suite: str = SUITE) -> Path:
     """Return what an image is made of; see derivative.bootable_tree."""
-    return derivative.bootable_tree(SUITE, name, FILES, more)
+    # Debian's packages of kernels have udev load no driver of a watchdog: in /etc that is an image's choice.
+    blacklists = derivative.image_tree(suite).glob("usr/lib/modprobe.d/blacklist_linux_*.conf")
+    files = {**FILES, **{f"etc/modprobe.d/{path.name}": "" for path in blacklists}}
+    return derivative.bootable_tree(suite, name, files, more)
 
 
 def source(name: str, more: str = "") -> Extra:
@@ -85,9 +98,9 @@ def upgrade(name: str, *options: str) -> str:
 
 
 @functools.cache
-def disk() -> Disk:
+def disk(suite: str = SUITE) -> Disk:
     """Return the disk that `immucore install` makes for both firmwares; all tests share it."""
-    content = tree()
+    content = tree(suite=suite)
     words = [
         "install",
         "--json",
@@ -98,12 +111,12 @@ def disk() -> Disk:
 
     def make(target: Path) -> None:
         run(PROGRAM, *words, "--target", target, f"dir:{content}")
-        with mounted(described(target), "oem") as root:
+        with mounted(described(target, suite), "oem") as root:
             (root / "impatient.yaml").write_text(IMPATIENT)
             set_environment(root, **ENVIRONMENT)
 
     return described(
-        cached(f"{SUITE}-installed", digest(content.name, PROGRAM.parent, repr(words), CODE), make)
+        cached(f"{suite}-installed", digest(content.name, PROGRAM.parent, repr(words), CODE), make), suite
     )
 
 
@@ -115,20 +128,20 @@ def set_environment(oem: Path, tries: int = 3, **values: str) -> None:
     file.write_bytes(grubenv.render({**known, **values}))
 
 
-def described(path: Path) -> Disk:
+def described(path: Path, suite: str = SUITE) -> Disk:
     """Read the table of an installed disk."""
     table = json.loads(run("sfdisk", "--json", path))["partitiontable"]["partitions"]
     partitions = tuple(Partition(each["name"], "", each["size"] // 2048) for each in table)
-    return Disk(path, SUITE, partitions, {each["name"]: each["start"] * 512 for each in table})
+    return Disk(path, suite, partitions, {each["name"]: each["start"] * 512 for each in table})
 
 
-def changed(work: Path, name: str, what: Callable[[Path], object]) -> Disk:
+def changed(work: Path, name: str, what: Callable[[Path], object], suite: str = SUITE) -> Disk:
     """Return an installed disk of a test's own, with something done to one of its partitions."""
     own = work / "disk.raw"
-    run("cp", "--sparse=always", "--reflink=auto", disk().path, own)
-    with mounted(described(own), name) as root:
+    run("cp", "--sparse=always", "--reflink=auto", disk(suite).path, own)
+    with mounted(described(own, suite), name) as root:
         what(root)
-    return described(own)
+    return described(own, suite)
 
 
 def machine(

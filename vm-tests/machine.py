@@ -74,6 +74,7 @@ class Machine:
     with `keep_writes`. With a `screen` the machine has a tty1 too, with `efi` its firmware is UEFI, and each
     boot begins with no variables but the firmware's own. With `boot_loader` the firmware starts that of the
     disk, which alone decides what is booted, and a machine that restarts goes on until it has reported.
+    `hardware` is what else QEMU is to be told, as in ("-device", "i6300esb").
     """
 
     numbers = itertools.count(1)
@@ -94,6 +95,7 @@ class Machine:
         screen: bool = False,
         efi: bool = False,
         boot_loader: bool = False,
+        hardware: Sequence[str] = (),
         work: Path | None = None,
     ) -> None:
         self.disk = disk
@@ -112,6 +114,7 @@ class Machine:
         self.screen = screen
         self.efi = efi
         self.boot_loader = boot_loader
+        self.hardware = hardware
         self.work = (work or CACHE / "run") / f"machine.{os.getpid()}.{next(self.numbers)}"
         self.work.mkdir(parents=True)
         self.boots = 0
@@ -196,7 +199,7 @@ class Machine:
 
     def arguments(self) -> list[str]:
         """Return QEMU's command line, but for what a boot adds."""
-        arguments = [*QEMU.split(), "-smp", "1", "-m", str(self.memory_mib)]
+        arguments = [*QEMU.split(), "-smp", "1", "-m", str(self.memory_mib), *self.hardware]
         if self.screen:
             arguments += ["-device", "VGA"]
         if self.efi:

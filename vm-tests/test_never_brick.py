@@ -138,6 +138,23 @@ def test_no_verdict(work: Path, fault: str, starts: int, told: str) -> None:
     assert told in report.console
 
 
+def test_what_is_frozen_is_started_anew_by_the_hardware(work: Path) -> None:
+    """PID 1 has crashed, and nobody but the watchdog restarts the machine: one try, here the last."""
+    frozen = {"extra_active_cmdline": installed.FROZEN}
+    own = installed.changed(
+        work, "oem", lambda root: installed.set_environment(root, tries=1, **frozen), installed.WATCHED
+    )
+    machine = installed.machine(work, efi=True, own=own, hardware=("-device", "i6300esb"))
+
+    report = machine.boot(limit_s=2 * LIMIT_S, commands=(JUDGED, STATUS, NOTICE))
+
+    came_up(report, "passive", wanted=False)
+    assert states(report) == {"active": "bad", "passive": "good"}
+    assert "watchdog did not stop" in report.console  # systemd has closed it, frozen
+    for other in ("Kernel panic", "The machine restarts"):
+        assert other not in report.console
+
+
 def test_a_broken_initramfs(work: Path) -> None:
     """The kernel panics, three times, and a fallback is no reason to try it once more."""
 

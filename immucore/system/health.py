@@ -91,16 +91,19 @@ class Supervisor:
         states = {name: slot.state if slot.whole else MISSING for name, slot in found.items()}
         reason = boot_state.reason(self._state, states)
         told = [each for each in (health_notice.fell_back(self._state, reason),) if each]
-        told += [
-            slot.problem or f"{name} ({slot.image_id or 'no id'}) is bad and is not booted again"
-            for name, slot in found.items()
-            if states[name] == BAD
-        ]
+        told += [self._bad(slot) for name, slot in found.items() if states[name] == BAD]
         for line in told if console else ():
             self._log.warning(line)
             health_notice.to_consoles(line)
         self._try(lambda: health_notice.mark_fallback(self._state, reason))
         self._try(lambda: health_notice.greet(told))
+
+    def _bad(self, slot: slots.Slot) -> str:
+        """Say what it means for a slot that its image has no try left: the one that runs is still judged."""
+        image = f"{slot.name} ({slot.image_id or 'no id'})"
+        if slot.name == self._state.mode and not slot.problem:
+            return f"{image} has its last try: it is not booted again if this boot comes to no good health"
+        return slot.problem or f"{image} is bad and is not booted again"
 
     def wait(self) -> bool:
         """Look until this boot is healthy; False at its deadline, if that restarts the machine."""

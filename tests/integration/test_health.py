@@ -369,6 +369,18 @@ def test_after_a_fallback_of_the_boot_loader_everyone_is_told(boot: Boot) -> Non
     assert here.count("active") == Count(image_id=here.ids["active"], left=0)
 
 
+def test_an_image_with_its_last_try_is_not_given_up_while_it_is_judged(boot: Boot) -> None:
+    here = boot()
+    image_id = str(here.ids["active"])
+    here.set(Count(image_id=image_id, left=0))
+    here.complete()
+    said = here.judge()
+    last = "has its last try: it is not booted again if this boot comes to no good health"
+    assert said.startswith(f"<4>active ({image_id}) {last}\n<6>healthy")
+    assert here.count("active").good
+    assert here.text("/run/motd.d/50-immucore") == ""
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
