@@ -93,18 +93,25 @@ def test_active_is_lost(work: Path, damage: Callable[[Path], None]) -> None:
 
 
 def test_both_are_lost(work: Path) -> None:
+    """Recovery is booted, makes both anew of its own image, and upgrades active."""
+
     def lose(root: Path) -> None:
         for name in ("active.img", "passive.img"):
             (root / "cOS" / name).unlink()
 
-    machine = installed.machine(work, efi=True, own=installed.changed(work, "state", lose))
+    own, source = installed.changed(work, "state", lose), installed.source("second")
+    machine = installed.machine(work, efi=True, own=own, sources=(source,))
 
-    report = machine.boot(limit_s=LIMIT_S, commands=(STATUS, NOTICE, "immucore reset"))
+    report = machine.boot(
+        limit_s=2 * LIMIT_S, commands=(STATUS, NOTICE, "immucore reset", upgrade("second"))
+    )
     after = machine.boot(limit_s=LIMIT_S, commands=(JUDGED, STATUS, NOTICE))
 
     came_up(report, "recovery", wanted=False)
     assert report.output("immucore reset")
-    came_up(after, "active")
+    report.output(upgrade("second"))
+    came_up(after, "active", "second")
+    assert states(after) == {"active": "good", "passive": "trying"}
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, zero])
