@@ -219,7 +219,8 @@ systemd-logind.service getty@tty1.service getty-static.service e2scrub_reap.serv
 systemd-update-utmp.service systemd-update-utmp-runlevel.service systemd-pstore.service timers.target
 modprobe@efi_pstore.service sys-kernel-debug.mount sys-kernel-tracing.mount
 dev-hugepages.mount dev-mqueue.mount proc-sys-fs-binfmt_misc.automount systemd-binfmt.service
-systemd-hwdb-update.service modprobe@drm.service
+systemd-hwdb-update.service modprobe@drm.service modprobe@configfs.service modprobe@dm_mod.service
+modprobe@fuse.service modprobe@loop.service sys-kernel-config.mount sys-fs-fuse-connections.mount
 """
 GENERATORS = ("systemd-fstab-generator", "systemd-getty-generator")  # the others are masked: 0.1 s each
 

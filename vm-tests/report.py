@@ -157,19 +157,15 @@ class Report:
         return dict(line.split("=", 1) for line in self.text("manager").splitlines() if "=" in line)
 
     @functools.cached_property
-    def units(self) -> dict[str, dict[str, str]]:
-        """State, result, timestamps of every unit by its name; after a switch not those of the initramfs."""
-        units = {}
-        for block in self.text("units").split("\n\n"):
-            unit = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
-            if "Id" in unit:
-                units[unit["Id"]] = unit
-        return units
+    def units(self) -> dict[str, str]:
+        """The state of every unit by its name: active, inactive, failed, ..."""
+        lines = (line.split(maxsplit=3) for line in self.text("units").splitlines())
+        return {name: state for name, _, state, _ in lines}
 
     @property
     def failed_units(self) -> list[str]:
         """Units that failed and are still so."""
-        return [name for name, unit in self.units.items() if unit.get("ActiveState") == "failed"]
+        return [name for name, state in self.units.items() if state == "failed"]
 
     @property
     def initramfs_usec(self) -> int:

@@ -11,9 +11,7 @@ import errno
 import fcntl
 import os
 import re
-import secrets
 import struct
-import tempfile
 from typing import TYPE_CHECKING
 
 from immucore import files, process, superblock, syscalls
@@ -116,7 +114,7 @@ def _is_readable(fstype: str, done: process.Finished, image: str) -> bool:
 
 def new_identity(digest: str) -> str:
     """Name an image file that is about to be made of a tree with this digest (content.digest())."""
-    return f"{digest}_{secrets.token_hex(4)}"
+    return f"{digest}_{os.urandom(4).hex()}"
 
 
 def check_fstype(fstype: str) -> None:
@@ -271,6 +269,8 @@ def _opened(image: str, fstype: str) -> Iterator[tuple[str, bool]]:
         with mounted(image, fstype) as there:
             yield there, True
         return
+    import tempfile  # and with it all of random, which no boot needs that is judged
+
     with tempfile.TemporaryDirectory(prefix=f"{image}.") as work:
         unpack(image, fstype, f"{work}/tree")
         yield f"{work}/tree", False
@@ -284,6 +284,8 @@ def is_root() -> bool:
 @contextlib.contextmanager
 def mounted(image: str, fstype: str) -> Iterator[str]:
     """Mount an image read-only for as long as it is looked at. Raises ImageError."""
+    import tempfile
+
     there = tempfile.mkdtemp(prefix="immucore.", dir="/run")
     try:
         options = "ro,loop,nosuid,nodev,noexec"

@@ -20,10 +20,7 @@ import os
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from immucore import files
-from immucore.system import plain_yaml
 from immucore.values import Record
 
 if TYPE_CHECKING:
@@ -96,6 +93,8 @@ class State:
 
     def text(self) -> str:
         """Give it as YAML, with the time."""
+        import yaml
+
         text: str = yaml.safe_dump({**self._document, "date": now()}, sort_keys=False, width=100)
         return text
 
@@ -108,6 +107,8 @@ def read(directory: str) -> State:
     """Read the state.yaml of a partition that is mounted there; what is none says nothing."""
     try:
         with open(os.path.join(directory, NAME), "rb") as file:
+            from immucore.system import plain_yaml  # not at every boot: the health service reads none
+
             return State(plain_yaml.load(file.read(_MAX_BYTES)))
     except (OSError, ValueError):
         return State()

@@ -56,9 +56,7 @@ else
 fi
 if [ -d /run/systemd/system ]; then
     systemctl show > manager 2> manager.err
-    systemctl show '*.service' '*.target' '*.mount' --property=Id,Result,ActiveState,SubState,ExecMainStatus \
-        --property=InactiveExitTimestampMonotonic,ActiveEnterTimestampMonotonic,InactiveEnterTimestampMonotonic \
-        > units 2> units.err
+    systemctl list-units --all --full --plain --no-legend > units 2> units.err
     journalctl --sync 2> /dev/null
     journalctl -b --output=json --all \
         --output-fields=MESSAGE,PRIORITY,SYSLOG_IDENTIFIER,_SYSTEMD_UNIT,UNIT,_PID,_TRANSPORT,_SOURCE_MONOTONIC_TIMESTAMP \
