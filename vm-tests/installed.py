@@ -98,7 +98,7 @@ def upgrade(name: str, *options: str) -> str:
 
 
 @functools.cache
-def disk(suite: str = SUITE) -> Disk:
+def disk(suite: str = SUITE, filesystem: str = "ext4") -> Disk:
     """Return the disk that `immucore install` makes for both firmwares; all tests share it."""
     content = tree(suite=suite)
     words = [
@@ -106,6 +106,7 @@ def disk(suite: str = SUITE) -> Disk:
         "--json",
         f"--size={sum(SIZES_MIB.values()) + PERSISTENT_MIB + 4}",
         "--firmware=both",
+        f"--filesystem={filesystem}",
     ]
     words += [f"--partition={name}={size}" for name, size in SIZES_MIB.items()]
 
@@ -115,9 +116,8 @@ def disk(suite: str = SUITE) -> Disk:
             (root / "impatient.yaml").write_text(IMPATIENT)
             set_environment(root, **ENVIRONMENT)
 
-    return described(
-        cached(f"{suite}-installed", digest(content.name, PROGRAM.parent, repr(words), CODE), make), suite
-    )
+    key = digest(content.name, PROGRAM.parent, repr(words), CODE)
+    return described(cached(f"{suite}-installed-{filesystem}", key, make), suite)
 
 
 def set_environment(oem: Path, tries: int = 3, **values: str) -> None:
@@ -135,13 +135,13 @@ def described(path: Path, suite: str = SUITE) -> Disk:
     return Disk(path, suite, partitions, {each["name"]: each["start"] * 512 for each in table})
 
 
-def changed(work: Path, name: str, what: Callable[[Path], object], suite: str = SUITE) -> Disk:
-    """Return an installed disk of a test's own, with something done to one of its partitions."""
-    own = work / "disk.raw"
-    run("cp", "--sparse=always", "--reflink=auto", disk(suite).path, own)
-    with mounted(described(own, suite), name) as root:
+def changed(work: Path, name: str, what: Callable[[Path], object], **kind: str) -> Disk:
+    """Return an installed disk of a test's own, with something done to a partition; `kind` as of disk()."""
+    own, made = work / "disk.raw", disk(**kind)
+    run("cp", "--sparse=always", "--reflink=auto", made.path, own)
+    with mounted(described(own, made.suite), name) as root:
         what(root)
-    return described(own, suite)
+    return described(own, made.suite)
 
 
 def machine(

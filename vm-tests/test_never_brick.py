@@ -149,7 +149,7 @@ def test_what_is_frozen_is_started_anew_by_the_hardware(work: Path) -> None:
     """PID 1 has crashed, and nobody but the watchdog restarts the machine: one try, here the last."""
     frozen = {"extra_active_cmdline": installed.FROZEN}
     own = installed.changed(
-        work, "oem", lambda root: installed.set_environment(root, tries=1, **frozen), installed.WATCHED
+        work, "oem", lambda root: installed.set_environment(root, tries=1, **frozen), suite=installed.WATCHED
     )
     machine = installed.machine(work, efi=True, own=own, hardware=("-device", "i6300esb"))
 
