@@ -232,9 +232,12 @@ def test_power_cut_at_every_step_of_an_upgrade(work: Path, boots: int) -> None:
 
 
 def test_a_bad_upgrade_is_left_and_not_taken_again(work: Path) -> None:
-    """Three tries, passive, the refusal, an upgrade from passive, a good one, and the way back."""
+    """Three tries, passive, the refusal, an upgrade from passive, a good one, and the way back.
+
+    The first image is of Debian 13, whose tools make the others, of Debian 12.
+    """
     bad, good = installed.source("panics", more="rdinit=/none"), installed.source("second")
-    machine = installed.machine(work, efi=True, sources=(bad, good))
+    machine = installed.machine(work, efi=True, own=installed.disk("trixie"), sources=(bad, good))
 
     first = machine.boot(limit_s=2 * LIMIT_S, commands=(JUDGED, STATUS, upgrade("panics")))
     fallback = machine.boot(
