@@ -128,6 +128,7 @@ class Reset:
     def _put(self, slot: str, _: Advance) -> bool:
         """Put a new image in the place of one that is given up; its tries are on the disk before."""
         making = self._making
+        slots.judge(self._environment, ())
         slots.arm(self._environment, making.image_id)
         slots.replace(making.directory, slot)
         slots.settle(making.directory)

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from immucore.bootcount import ACTIVE, BAD, PASSIVE
-from immucore.system import booted, slots, state_file, steps, stopping
+from immucore.system import boot_state, booted, slots, state_file, steps, stopping
 from immucore.system.environment import Environment
 from immucore.system.errors import ImageError, told
 
@@ -25,10 +25,12 @@ def rollback(console: Console, here: Booted, *, force: bool) -> None:
         with booted.writable(here.partition(booted.STATE), "images") as top:
             directory = os.path.join(top, slots.DIRECTORY)
             found = slots.survey(directory, environment.read(), here.running(booted.STATE))
+            found = slots.after_fallback(found, boot_state.read())
             _refuse(found[PASSIVE], force=force)
             stopping.point()
             stopping.hold()
             image_id = found[PASSIVE].image_id
+            slots.judge(environment, found.values())
             if found[PASSIVE].state == BAD:
                 slots.arm(environment, found[PASSIVE].counted_as)
             moves, known = ((found[ACTIVE], PASSIVE), (found[PASSIVE], ACTIVE)), environment.read()
@@ -53,7 +55,8 @@ def _refuse(passive: slots.Slot, *, force: bool) -> None:
     if passive.problem:
         raise ImageError(f"cannot roll back: {passive.problem}", hint="immucore upgrade SOURCE")
     if passive.state == BAD and not force:
+        why = "could not be booted" if passive.given_up else "was judged bad"
         raise ImageError(
-            f"cannot roll back: passive ({passive.image_id}) was judged bad",
+            f"cannot roll back: passive ({passive.image_id}) {why}",
             hint="immucore upgrade SOURCE; to boot it once more: --force",
         )

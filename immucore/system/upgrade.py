@@ -106,6 +106,7 @@ class Upgrade:
         """Refuse to replace the one system that is known to work."""
         with booted.readable(self._here.partition(booted.STATE), "state") as top:
             found = slots.survey(f"{top}/{slots.DIRECTORY}", self._environment.read(), 0)
+        found = slots.after_fallback(found, boot_state.read())
         if not any(slot.whole and slot.state != BAD for slot in found.values()):
             raise ImageError(
                 "cannot upgrade recovery: it is all there is, neither active nor passive can be booted",
@@ -173,6 +174,7 @@ class Upgrade:
         if self._slot == ACTIVE:
             found = slots.after_fallback(self._survey(), boot_state.read())
             self._kept = found[slots.kept(found[ACTIVE], found[PASSIVE])]
+            slots.judge(self._environment, found.values())
             self._armed = True
             slots.arm(self._environment, self._making.image_id)
             moves = [(self._kept, PASSIVE)] if self._kept.name == ACTIVE else []

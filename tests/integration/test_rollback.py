@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import native
 import pytest
 import upgrading
-from test_upgrade import bootable, judged, settled, stop_at
+from test_upgrade import bootable, given_up, judged, settled, stop_at
 
 from immucore import bootcount
 from immucore.bootcount import BAD, GOOD, TRYING
+from immucore.system import slots
 
 
 def test_there_and_back(boot: upgrading.Boot, new: Path) -> None:
@@ -49,6 +51,85 @@ def test_after_a_fallback(boot: upgrading.Boot, slot: str) -> None:
     assert here.run("rollback").status == 0
     assert here.images() == {**before, "active": before["passive"], "passive": before["active"]}
     boot("active")
+
+
+@pytest.mark.parametrize("reboot", [False, True])
+def test_what_could_not_be_booted_is_not_kept_by_an_upgrade(
+    boot: upgrading.Boot, new: Path, reboot: bool
+) -> None:
+    """Nobody has counted that the boot loader passed over active: its count is as good as it ever was."""
+    here = boot("passive")
+    given_up(here)
+    before = here.images()
+    here.set(judged(before["active"], GOOD), judged(before["passive"], TRYING))
+    ran = here.run("rollback")
+    assert ran.status == 0, ran.stderr
+    assert bootable(here) == {**before, "active": before["passive"], "passive": before["active"]}
+    assert bootcount.read(here.values(), str(before["active"])).state == BAD
+    if reboot:
+        here = boot("active")
+    ran = here.run("upgrade", f"dir:{new}")
+    assert ran.status == 0, ran.stderr
+    assert bootable(here)["passive"] == before["passive"]
+
+
+def test_what_could_not_be_booted_and_the_way_back_to_it(boot: upgrading.Boot) -> None:
+    here = boot("passive")
+    given_up(here)
+    before = here.images()
+    here.set(judged(before["active"], GOOD), judged(before["passive"], GOOD))
+    assert here.run("rollback").status == 0
+    ran = here.run("rollback")
+    assert (ran.status, f"passive ({before['active']}) was judged bad" in ran.stderr) == (4, True)
+    assert here.run("rollback", "--force").status == 0
+    assert here.images() == before
+    assert bootcount.read(here.values(), str(before["active"])).state == TRYING
+    assert bootcount.read(here.values(), str(before["passive"])).state == GOOD
+
+
+def test_a_passive_that_could_not_be_booted(boot: upgrading.Boot) -> None:
+    here = boot("active")
+    given_up(here, "passive")
+    before = here.images()
+    here.set(judged(before["active"], GOOD), judged(before["passive"], GOOD), saved_entry="passive")
+    values = here.values()
+    ran = here.run("rollback")
+    assert ran.status == 4
+    assert f"cannot roll back: passive ({before['passive']}) could not be booted" in ran.stderr
+    assert (here.images(), here.values()) == (before, values)
+    assert here.run("rollback", "--force").status == 0
+    assert here.images()["active"] == before["passive"]
+    assert bootcount.read(here.values(), str(before["passive"])).state == TRYING
+
+
+@pytest.mark.parametrize("call", ["pwrite64", "renameat2", "fsync"])
+def test_a_power_cut_in_a_rollback_favours_nothing_that_could_not_be_booted(
+    boot: upgrading.Boot, call: str
+) -> None:
+    """As before, or: what was passive first, and the other one known to be bad."""
+    here = boot("passive")
+    given_up(here)
+    before = here.images()
+    counts = (judged(before["active"], GOOD), judged(before["passive"], TRYING))
+    seen = set()
+    for number in range(1, 30):
+        here.set(*counts)
+        if here.images() != before:  # back to where it was
+            with here.machine.partition("state") as path:
+                slots.swap(str(path / "cOS"))
+        here.machine.path("/run/immucore/slots-moved").unlink(missing_ok=True)
+        argv = ["strace", "--output=/dev/null", "-e", f"inject={call}:signal=SIGKILL:when={number}"]
+        argv = here.machine.inside(*argv, "-e", f"trace={call}", *here._program, "rollback")
+        done = subprocess.run(argv, check=False, capture_output=True, timeout=120, env=upgrading.ENVIRONMENT)
+        after = bootable(here)
+        if after != before:
+            assert after == {**before, "active": before["passive"], "passive": before["active"]}
+            assert bootcount.read(here.values(), str(before["active"])).state == BAD
+        seen.add(after == before)
+        if done.returncode == 0:
+            break
+    assert done.returncode == 0
+    assert seen == {True, False}
 
 
 def test_a_passive_that_was_judged_bad(boot: upgrading.Boot) -> None:
