@@ -46,7 +46,10 @@ def rollback(console: Console, here: Booted, *, force: bool) -> None:
             steps.attempt(console, lambda: slots.forget(environment, slots.survey(directory, {}).values()))
     except OSError as error:
         raise ImageError(f"cannot roll back: {told(error)}") from None
-    console.result(f"active is {image_id} now, which was passive: the next boot boots it", image_id=image_id)
+    active, passive = (found[PASSIVE], found[ACTIVE] if found[ACTIVE].whole else found[PASSIVE])
+    upcoming, told_next = slots.next_boot(environment.read(), active, passive)
+    text = f"active is {image_id} now, which was passive; {told_next}"
+    console.result(text, image_id=image_id, next=upcoming)
 
 
 def _refuse(passive: slots.Slot, *, force: bool) -> None:

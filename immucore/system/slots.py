@@ -276,6 +276,19 @@ def forget(environment: Environment, found: Iterable[Slot]) -> None:
     environment.update(without)
 
 
+def next_boot(values: Mapping[str, str], active: Slot, passive: Slot) -> tuple[str, str]:
+    """Tell which entry the next boot boots with these images in the slots: its name, and in words."""
+    chosen = values.get("next_entry", "")
+    entry = chosen
+    if chosen in ("", *bootcount.ENTRIES):  # else it is one of grubcustom
+        found = {ACTIVE: active.replace(name=ACTIVE), PASSIVE: passive.replace(name=PASSIVE)}
+        first, second = (slot.counted_as if slot.whole else None for slot in found.values())
+        broken = [name for name, slot in found.items() if slot.problem]
+        entry = bootcount.boot(values, first, second, broken)[0] or RECOVERY
+    once = ", once (immucore boot next auto takes that back)" if chosen and entry != ACTIVE else ""
+    return entry, f"the next boot boots {entry}{once}"
+
+
 def judged_bad(values: Mapping[str, str]) -> set[str]:
     """Give the digests of the images that GRUB's environment block knows to be bad."""
     ids = [name.removeprefix(TRIES_PREFIX) for name in values if name.startswith(TRIES_PREFIX)]

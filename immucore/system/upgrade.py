@@ -213,5 +213,10 @@ class Upgrade:
         if self._slot == ACTIVE:
             steps.attempt(self._console, lambda: slots.forget(self._environment, self._survey().values()))
         text = f"{self._slot} is {making.image_id} now, made of {self._source.text}"
-        self._outcome = text, {"upgraded": True, "slot": self._slot, **dict(made.items())}
+        fields = {"upgraded": True, "slot": self._slot, **dict(made.items())}
+        if self._slot == ACTIVE:
+            new = slots.Slot(name=ACTIVE, whole=True, image_id=making.image_id)
+            fields["next"], told_next = slots.next_boot(self._environment.read(), new, self._kept)
+            text = f"{text}; {told_next}"
+        self._outcome = text, fields
         return True

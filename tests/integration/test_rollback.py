@@ -132,6 +132,25 @@ def test_a_power_cut_in_a_rollback_favours_nothing_that_could_not_be_booted(
     assert seen == {True, False}
 
 
+@pytest.mark.parametrize("entry", ["recovery", "fallback", "cos", ""])
+def test_what_the_next_boot_boots_is_said_as_it_is(boot: upgrading.Boot, entry: str) -> None:
+    """Who has chosen that for once is obeyed, and told."""
+    here = boot("active")
+    passive = here.images()["passive"]
+    here.set(next_entry=entry)
+    ran = here.run("rollback", "--json")
+    assert ran.status == 0, ran.stderr
+    upcoming = {"recovery": "recovery", "fallback": "passive"}.get(entry, "active")
+    done = f"active is {passive} now, which was passive"
+    once = "" if upcoming == "active" else ", once (immucore boot next auto takes that back)"
+    assert ran.result["message"] == f"{done}; the next boot boots {upcoming}{once}"
+    assert (ran.result["image_id"], ran.result["next"]) == (passive, upcoming)
+    assert here.values().get("next_entry", "") == entry
+    images = here.images()
+    booted, _ = bootcount.boot(here.values(), images["active"], images["passive"])
+    assert booted == upcoming
+
+
 def test_a_passive_that_was_judged_bad(boot: upgrading.Boot) -> None:
     here = boot("active")
     before = here.images()
@@ -175,6 +194,7 @@ def test_a_reset(boot: upgrading.Boot) -> None:
     assert len({*after.values()}) == 3
     assert {str(image_id)[:16] for image_id in after.values()} == {str(before["recovery"])[:16]}
     assert (ran.result["active"], ran.result["passive"]) == (after["active"], after["passive"])
+    assert ran.result["message"] == "active and passive are what recovery is; the next boot boots active"
     assert here.values() == {f"tries_{after[slot]}": "3" for slot in ("active", "passive")}
     assert here.state()["state"]["passive"]["action"] == "reset"
     settled(here)
@@ -183,6 +203,14 @@ def test_a_reset(boot: upgrading.Boot) -> None:
     assert (here.machine.path("/sysroot/oem") / "kept.yaml").exists()
     here = boot("active")
     assert here.machine.path("/sysroot/etc/version").read_text() == "r"
+
+
+def test_a_reset_does_not_promise_active_where_another_slot_was_chosen(boot: upgrading.Boot) -> None:
+    here = boot("recovery")
+    here.set(next_entry="recovery")
+    ran = here.run("reset")
+    assert ran.status == 0, ran.stderr
+    assert "are what recovery is; the next boot boots recovery, once (" in ran.stderr
 
 
 def test_a_reset_of_everything(boot: upgrading.Boot) -> None:

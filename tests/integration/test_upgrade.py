@@ -197,6 +197,19 @@ def test_recovery_is_kept_where_nothing_else_could_be_booted(boot: upgrading.Boo
     assert here.images() == before
 
 
+def test_a_slot_that_was_chosen_for_the_next_boot_is_named(boot: upgrading.Boot, new: Path) -> None:
+    here = boot("active")
+    here.set(next_entry="recovery")
+    ran = here.run("upgrade", "--json", f"dir:{new}")
+    assert ran.status == 0, ran.stderr
+    done = f"active is {ran.result['image_id']} now, made of dir:{new}"
+    once = "the next boot boots recovery, once (immucore boot next auto takes that back)"
+    assert (ran.result["message"], ran.result["next"]) == (f"{done}; {once}", "recovery")
+    assert here.values()["next_entry"] == "recovery"
+    ran = here.run("upgrade", "--json", "--recovery", f"dir:{new}")
+    assert ran.result["message"] == f"recovery is {ran.result['image_id']} now, made of dir:{new}"
+
+
 def test_an_image_that_cannot_be_read_is_not_kept(boot: upgrading.Boot, new: Path) -> None:
     here = boot("recovery")
     before = here.images()

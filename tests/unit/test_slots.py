@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from immucore import bootcount
-from immucore.bootcount import ACTIVE, BAD, GOOD, PASSIVE, TRYING
+from immucore.bootcount import ACTIVE, BAD, GOOD, PASSIVE, RECOVERY, TRYING
 from immucore.system import boot_state
 from immucore.system.environment import Environment
-from immucore.system.slots import Slot, after_fallback, carry, forget, judge, judged_bad, kept
+from immucore.system.slots import Slot, after_fallback, carry, forget, judge, judged_bad, kept, next_boot
 
 RANK = (BAD, TRYING, GOOD)
 
@@ -102,6 +102,21 @@ def test_no_other_image_is_judged_with_what_could_not_be_booted(
     found = after_fallback({ACTIVE: active, PASSIVE: passive}, boot)
     judge(environment, found.values(), str(tmp_path / "moved"))
     assert environment.read() == values
+
+
+@pytest.mark.parametrize(
+    ("values", "entry", "told"),
+    [
+        ({}, ACTIVE, "active"),
+        ({"tries_a_1": "0"}, PASSIVE, "passive"),
+        ({"tries_a_1": "0", "tries_passive": "0"}, RECOVERY, "recovery"),
+        ({"next_entry": "cos"}, ACTIVE, "active"),
+        ({"next_entry": "memtest"}, "memtest", "memtest, once (immucore boot next auto takes that back)"),
+    ],
+)
+def test_what_the_next_boot_boots(values: dict[str, str], entry: str, told: str) -> None:
+    active, passive = Slot(name=PASSIVE, whole=True, image_id="a_1"), Slot(name=ACTIVE, whole=True)
+    assert next_boot(values, active, passive) == (entry, f"the next boot boots {told}")
 
 
 def test_what_was_judged_bad() -> None:
