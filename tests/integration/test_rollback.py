@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -176,6 +177,63 @@ def test_without_a_passive(boot: upgrading.Boot) -> None:
         settled(here)
         with here.machine.partition("state") as path:
             (path / "cOS/passive.img").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("words", [(), ("--force",)])
+def test_a_passive_that_cannot_be_read(boot: upgrading.Boot, words: tuple[str, ...]) -> None:
+    here = boot("recovery")
+    here.set(judged(here.images()["active"], GOOD))
+    with here.machine.partition("state") as path:
+        upgrading.damage(path / "cOS/passive.img")
+        before = [(path / f"cOS/{slot}.img").read_bytes() for slot in bootcount.COUNTED]
+    here = boot("active")
+    values = here.values()
+    ran = here.run("rollback", *words)
+    assert ran.status == 4
+    assert re.match(
+        r"immucore: cannot roll back: cannot read which image '.*/cOS/passive\.img' is: .*\n"
+        r"  hint: immucore upgrade SOURCE\n$",
+        ran.stderr,
+    )
+    assert here.values() == values
+    with here.part("state") as path:
+        assert [(path / f"cOS/{slot}.img").read_bytes() for slot in bootcount.COUNTED] == before
+    settled(here)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_rollback_that_is_stopped(boot: upgrading.Boot, how: signal.Signals) -> None:
+    """At every call that locks, mounts, starts, writes or renames: all or nothing, told in a sentence."""
+    here = boot("active")
+    before = here.images()
+    swapped = {**before, "active": before["passive"], "passive": before["active"]}
+    seen = set()
+    for call in ("flock", "move_mount", "vfork,clone,clone3", "pwrite64", "renameat2", "fsync", "umount2"):
+        for number in range(1, 40):
+            here.set(saved_entry="passive")  # which is taken back in the end
+            now, values = here.images(), here.values()
+            argv = ["strace", "--output=/run/strace", "-e", f"trace={call}"]
+            argv += ["-e", f"inject={call}:signal={how.name}:when={number}"]
+            argv = here.machine.inside(*argv, *here._program, "rollback")
+            ended = subprocess.run(
+                argv, check=False, capture_output=True, text=True, env=upgrading.ENVIRONMENT
+            )
+            if f"--- {how.name}" not in here.machine.path("/run/strace").read_text():
+                assert number > 1, call
+                assert ended.returncode == 0
+                break
+            settled(here)
+            if ended.returncode:
+                said = f"immucore: stopped by signal {how.value}: nothing was changed\n"
+                assert (ended.returncode, ended.stderr) == (4, said)
+                assert (here.images(), here.values()) == (now, values)
+            else:
+                assert ended.stderr.startswith("active is ")
+                assert ended.stderr.count("\n") == 1
+                assert here.images() == (before if now == swapped else swapped)
+            seen.add((call, ended.returncode))
+    assert {status for _, status in seen} == {0, 4}
+    assert {status for call, status in seen if call == "renameat2"} == {0}, "that is the step itself"
 
 
 def test_a_reset(boot: upgrading.Boot) -> None:

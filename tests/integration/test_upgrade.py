@@ -214,9 +214,8 @@ def test_an_image_that_cannot_be_read_is_not_kept(boot: upgrading.Boot, new: Pat
     here = boot("recovery")
     before = here.images()
     here.set(judged(before["active"], GOOD), judged(before["passive"], TRYING))
-    with here.machine.partition("state") as path, (path / "cOS/active.img").open("r+b") as file:
-        file.seek(4096)
-        file.write(bytes(4096))
+    with here.machine.partition("state") as path:
+        upgrading.damage(path / "cOS/active.img")
     here = boot("passive")
     ran = here.run("boot", "status")
     assert (ran.status, "cannot read which image" in ran.stdout) == (5, True), ran.stdout + ran.stderr
@@ -324,6 +323,20 @@ def test_a_reboot_afterwards(boot: upgrading.Boot, new: Path) -> None:
     settled(here)
     ran = here.run("upgrade", f"dir:{new}")
     assert (ran.status, "nothing to be done" in ran.stderr) == (0, True), "and nothing to reboot for"
+
+
+def test_a_new_recovery_is_nothing_to_reboot_for(boot: upgrading.Boot, new: Path, newer: Path) -> None:
+    """upgrade.yaml is not asked; who asks for a reboot has one, which fails here: no systemd runs."""
+    here = boot("active")
+    configure(here, reboot="now")
+    ran = here.run("upgrade", "--recovery", f"dir:{new}")
+    assert (ran.status, "reboot" in ran.stderr) == (0, False), ran.stderr
+    made = here.images()["recovery"]
+    ran = here.run("upgrade", "--recovery", "--reboot", "now", f"dir:{newer}")
+    assert (ran.status not in (0, 2), "cannot reboot" in ran.stderr) == (True, True), ran.stderr
+    assert here.images()["recovery"] not in (None, made)
+    configure(here, reboot="soon")
+    assert here.run("upgrade", "--recovery", f"dir:{new}").status == 0
 
 
 def test_what_was_judged_bad(boot: upgrading.Boot, new: Path, newer: Path) -> None:
