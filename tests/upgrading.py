@@ -177,6 +177,13 @@ class Upgradable:
             return document
 
 
+def damage(image: Path) -> None:
+    """Have nobody know any more which image this is: its group descriptors are lost."""
+    with image.open("r+b") as file:
+        file.seek(4096)
+        file.write(bytes(4096))
+
+
 def whole(image: Path) -> str | None:
     """Give the identity of an image if its file system is sound."""
     if not image.exists():

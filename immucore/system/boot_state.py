@@ -24,6 +24,7 @@ GIVEN_UP = "the boot loader did not start it"
 _CMDLINE = "/proc/cmdline"
 _SENTINELS = "/run/cos"
 _RESULT = f"{report.DIRECTORY}/result.json"
+MOVED = f"{report.DIRECTORY}/slots-moved"  # it is there once images were moved since this boot
 
 
 class BootState(Record):
@@ -36,6 +37,7 @@ class BootState(Record):
     restarts: bool  # a boot that fails restarts the machine (rd.cos.onfail): it is counted, or was asked for
     planned: bool  # the agent has mounted the system
     root: str  # where the booted system is: / or, in an initramfs, /sysroot
+    moved: bool = False  # the slots may hold other images by now than this boot has found in them
 
     @property
     def counted_as(self) -> str | None:
@@ -69,7 +71,9 @@ def read() -> BootState:
     except (OSError, ValueError):
         result = {}
     mode = next((mode for mode in MODES if os.path.exists(f"{_SENTINELS}/{mode}_mode")), "")
-    return of(line, result if isinstance(result, dict) else {}, mode, images.running(root), root)
+    found = of(line, result if isinstance(result, dict) else {}, mode, images.running(root), root)
+    state: BootState = found.replace(moved=os.path.exists(MOVED))
+    return state
 
 
 def of(

@@ -7,7 +7,6 @@ firmware and every kernel: an installation that was interrupted is none.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from typing import TYPE_CHECKING
@@ -151,8 +150,12 @@ def write(disk: Disk, layout: Sequence[Partition], work: str, console: Console) 
         so = "is as it was"
         if disk.touched:
             so = "is blank now"
-            with contextlib.suppress(ImmucoreError, OSError):
+            try:
                 disk.erase()
+            except ImmucoreError:  # somebody has it
+                so = "no longer is what it was"
+            except OSError:  # the table would have been the last
+                pass
         if isinstance(error, Interrupted):
             raise Interrupted(f"stopped: '{disk.name}' {so}") from None
         reason = error.message if isinstance(error, ImmucoreError) else told(error)
@@ -185,10 +188,11 @@ def _fill(disk: Disk, partition: Partition, work: str) -> None:
     if partition.name == "bios":
         bootloader.write_bios(disk, partition, bootloader.menu(), work)
         return
-    filesystems.make(
-        disk.path,
-        partition,
-        directory if os.path.isdir(directory) else "",
-        sector_bytes=disk.sector_bytes,
-        lazy=disk.is_device,
-    )
+    with disk.lent():
+        filesystems.make(
+            disk.path,
+            partition,
+            directory if os.path.isdir(directory) else "",
+            sector_bytes=disk.sector_bytes,
+            lazy=disk.is_device,
+        )

@@ -44,6 +44,7 @@ class Disk:
         self.name = name  # what messages call it
         self.touched = False  # it no longer is what it was
         self._descriptor = descriptor
+        self._claim = -1  # a second one: as long as it is open nobody else can use the disk
         status = os.fstat(descriptor)
         self.is_device = stat.S_ISBLK(status.st_mode)
         self.size_bytes = os.lseek(descriptor, 0, os.SEEK_END)
@@ -57,17 +58,38 @@ class Disk:
         return self.size_bytes // MIB
 
     def users(self) -> list[str]:
-        """List who uses it, in words: mounts, what lies on it, loop devices. Empty: nobody does."""
+        """List who uses it, in words: mounts, what lies on it, loop devices. Empty: nobody does.
+
+        From then on the kernel lets nobody else mount a device, or a partition of it, or take it for swap or
+        for a part of something.
+        """
         if not self.is_device:
             return disk_users.of_file(self.path)
         try:
-            # The kernel refuses it while the disk or a partition is mounted, swap, or part of something.
-            os.close(os.open(self.path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC))
+            if self._claim < 0:
+                self._claim = os.open(self.path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise
             return disk_users.of_device(self.path) or ["another program holds it"]
         return []
+
+    def release(self) -> None:
+        """Let others use it."""
+        if self._claim >= 0:
+            os.close(self._claim)
+            self._claim = -1
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """Have it used by who wants it alone: mke2fs, mkfs.vfat. Raises DeviceError."""
+        self.release()
+        yield
+        self._refuse_users()
+
+    def _refuse_users(self) -> None:
+        if self.is_device and (users := self.users()):
+            raise DeviceError(f"it is in use: {', '.join(users)}")
 
     def content(self) -> list[str]:
         """List what is on it, in words: signatures, and what the partitions hold. Empty: it is blank."""
@@ -127,8 +149,10 @@ class Disk:
     def erase(self) -> None:
         """Take away the tables at both ends, and what else may have its signature there.
 
-        From now on the disk is blank for everybody until it has a new table. Raises OSError, DeviceError.
+        From now on the disk is blank for everybody until it has a new table. One that somebody uses is left
+        alone. Raises OSError, DeviceError.
         """
+        self._refuse_users()
         if self.is_device and self._has_partitions():
             run(["partx", "--delete", self.path], f"cannot take the partitions of '{self.path}' away")
         self.touched = True
@@ -181,7 +205,11 @@ def opened(path: str) -> Iterator[Disk]:
     try:
         _refuse_what_is_no_disk(path, os.fstat(descriptor))
         _lock(path, descriptor)
-        yield Disk(os.path.realpath(path), descriptor, path)
+        disk = Disk(os.path.realpath(path), descriptor, path)
+        try:
+            yield disk
+        finally:
+            disk.release()
     finally:
         os.close(descriptor)
 

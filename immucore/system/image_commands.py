@@ -71,7 +71,7 @@ def _upgrade(arguments: argparse.Namespace) -> int:
     if when is None and not arguments.recovery:  # it runs only when it is needed: nothing waits for a reboot
         when = configured.get("reboot")
     console, restart = _begin(arguments, when, configured)
-    with booted.at_work("upgrade") as here, stopping.stoppable("nothing was changed"):
+    with stopping.stoppable("nothing was changed"), booted.at_work("upgrade") as here:
         done = upgrade.Upgrade(console, here, wishes).run()
     if done:
         restart()
@@ -82,7 +82,7 @@ def _rollback(arguments: argparse.Namespace) -> int:
     from immucore.system import booted, rollback, stopping
 
     console, restart = _begin(arguments, arguments.reboot, settings.read())
-    with booted.at_work("rollback") as here, stopping.stoppable("nothing was changed"):
+    with stopping.stoppable("nothing was changed"), booted.at_work("rollback") as here:
         rollback.rollback(console, here, force=arguments.force)
     restart()
     return 0
@@ -94,7 +94,7 @@ def _reset(arguments: argparse.Namespace) -> int:
     configured = settings.read()
     check(configured)
     console, restart = _begin(arguments, arguments.reboot, configured)
-    with booted.at_work("reset") as here, stopping.stoppable("recovery is as it was, do it again"):
+    with stopping.stoppable("recovery is as it was, do it again"), booted.at_work("reset") as here:
         fstype = configured.get("filesystem", "")
         reset.Reset(console, here, fstype=fstype, persistent=arguments.persistent, oem=arguments.oem).run()
     restart()

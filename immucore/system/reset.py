@@ -81,7 +81,9 @@ class Reset:
                 f"cannot reset: {told(error)}", hint="recovery is as it was: try again"
             ) from None
         made = {slot: entry.image_id for slot, entry in self._made.items()}
-        self._console.result("active and passive are what recovery is; the next boot boots active", **made)
+        found = [slots.Slot(name=slot, whole=True, image_id=image_id) for slot, image_id in made.items()]
+        upcoming, told_next = slots.next_boot(self._environment.read(), *found)
+        self._console.result(f"active and passive are what recovery is; {told_next}", **made, next=upcoming)
 
     def _state(self) -> Device:
         """Find COS_STATE; where its file system is lost, it gets one: what it holds is made anew anyway."""
@@ -128,6 +130,7 @@ class Reset:
     def _put(self, slot: str, _: Advance) -> bool:
         """Put a new image in the place of one that is given up; its tries are on the disk before."""
         making = self._making
+        slots.judge(self._environment, ())
         slots.arm(self._environment, making.image_id)
         slots.replace(making.directory, slot)
         slots.settle(making.directory)

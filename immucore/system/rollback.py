@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from immucore.bootcount import ACTIVE, BAD, PASSIVE
-from immucore.system import booted, slots, state_file, steps, stopping
+from immucore.system import boot_state, booted, slots, state_file, steps, stopping
 from immucore.system.environment import Environment
 from immucore.system.errors import ImageError, told
 
@@ -25,10 +25,12 @@ def rollback(console: Console, here: Booted, *, force: bool) -> None:
         with booted.writable(here.partition(booted.STATE), "images") as top:
             directory = os.path.join(top, slots.DIRECTORY)
             found = slots.survey(directory, environment.read(), here.running(booted.STATE))
+            found = slots.after_fallback(found, boot_state.read())
             _refuse(found[PASSIVE], force=force)
             stopping.point()
             stopping.hold()
             image_id = found[PASSIVE].image_id
+            slots.judge(environment, found.values())
             if found[PASSIVE].state == BAD:
                 slots.arm(environment, found[PASSIVE].counted_as)
             moves, known = ((found[ACTIVE], PASSIVE), (found[PASSIVE], ACTIVE)), environment.read()
@@ -44,7 +46,10 @@ def rollback(console: Console, here: Booted, *, force: bool) -> None:
             steps.attempt(console, lambda: slots.forget(environment, slots.survey(directory, {}).values()))
     except OSError as error:
         raise ImageError(f"cannot roll back: {told(error)}") from None
-    console.result(f"active is {image_id} now, which was passive: the next boot boots it", image_id=image_id)
+    active, passive = (found[PASSIVE], found[ACTIVE] if found[ACTIVE].whole else found[PASSIVE])
+    upcoming, told_next = slots.next_boot(environment.read(), active, passive)
+    text = f"active is {image_id} now, which was passive; {told_next}"
+    console.result(text, image_id=image_id, next=upcoming)
 
 
 def _refuse(passive: slots.Slot, *, force: bool) -> None:
@@ -53,7 +58,8 @@ def _refuse(passive: slots.Slot, *, force: bool) -> None:
     if passive.problem:
         raise ImageError(f"cannot roll back: {passive.problem}", hint="immucore upgrade SOURCE")
     if passive.state == BAD and not force:
+        why = "could not be booted" if passive.given_up else "was judged bad"
         raise ImageError(
-            f"cannot roll back: passive ({passive.image_id}) was judged bad",
+            f"cannot roll back: passive ({passive.image_id}) {why}",
             hint="immucore upgrade SOURCE; to boot it once more: --force",
         )

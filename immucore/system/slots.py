@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from immucore import bootcount, files, superblock, syscalls
 from immucore.bootcount import ACTIVE, BAD, COUNTED, GOOD, PASSIVE, RECOVERY, TRYING
-from immucore.system import images
+from immucore.system import boot_state, images
 from immucore.system.errors import UnreadableError
 from immucore.system.programs import run
 from immucore.values import Record
@@ -54,6 +54,9 @@ class Slot(Record):
     state: str = TRYING
     running: bool = False  # the system that runs is this image
     problem: str = ""  # why nobody can tell which one it is; it is bad then, and its count is left alone
+    given_up: bool = (
+        False  # this boot was to boot it, and could not; it is bad then, whatever its count says
+    )
 
     @property
     def counted_as(self) -> str:
@@ -107,10 +110,30 @@ def kept(active: Slot, passive: Slot) -> str:
 def after_fallback(found: Mapping[str, Slot], boot: BootState) -> dict[str, Slot]:
     """Take the image that this boot was to boot, and could not, for bad, whatever its count says.
 
-    One that cannot be loaded is passed over, and nobody has counted that.
+    One that cannot be loaded is passed over, and nobody has counted that. The next boot may be able to:
+    judge() stores it only where an image is moved because of it.
     """
-    given_up = found.get(boot.wanted) if boot.reason else None
-    return {**found, given_up.name: given_up.replace(state=BAD)} if given_up else dict(found)
+    wanted = found.get(boot.wanted) if boot.reason and not boot.moved else None
+    return {**found, wanted.name: wanted.replace(state=BAD, given_up=True)} if wanted else dict(found)
+
+
+def judge(environment: Environment, found: Iterable[Slot], moved: str = boot_state.MOVED) -> None:
+    """Store what after_fallback() has found, before images are moved: only until then it goes by the slot.
+
+    Raises CmdlineError, MountError and OSError.
+    """
+    found = [slot for slot in found if slot.whole and not slot.problem]
+    others = [slot.counted_as for slot in found if not slot.given_up]  # one image can be in both slots
+    bad = [slot.counted_as for slot in found if slot.given_up and slot.counted_as not in others]
+
+    def judged(values: dict[str, str]) -> dict[str, str]:
+        for image_id in bad:
+            values = bootcount.written(values, bootcount.condemned(bootcount.armed(image_id)))
+        return values
+
+    environment.update(judged)
+    with open(moved, "wb"):
+        pass
 
 
 def commit(directory: str, keep: str) -> None:
@@ -251,6 +274,19 @@ def forget(environment: Environment, found: Iterable[Slot]) -> None:
         return left
 
     environment.update(without)
+
+
+def next_boot(values: Mapping[str, str], active: Slot, passive: Slot) -> tuple[str, str]:
+    """Tell which entry the next boot boots with these images in the slots: its name, and in words."""
+    chosen = values.get("next_entry", "")
+    entry = chosen
+    if chosen in ("", *bootcount.ENTRIES):  # else it is one of grubcustom
+        found = {ACTIVE: active.replace(name=ACTIVE), PASSIVE: passive.replace(name=PASSIVE)}
+        first, second = (slot.counted_as if slot.whole else None for slot in found.values())
+        broken = [name for name, slot in found.items() if slot.problem]
+        entry = bootcount.boot(values, first, second, broken)[0] or RECOVERY
+    once = ", once (immucore boot next auto takes that back)" if chosen and entry != ACTIVE else ""
+    return entry, f"the next boot boots {entry}{once}"
 
 
 def judged_bad(values: Mapping[str, str]) -> set[str]:

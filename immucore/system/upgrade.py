@@ -106,6 +106,7 @@ class Upgrade:
         """Refuse to replace the one system that is known to work."""
         with booted.readable(self._here.partition(booted.STATE), "state") as top:
             found = slots.survey(f"{top}/{slots.DIRECTORY}", self._environment.read(), 0)
+        found = slots.after_fallback(found, boot_state.read())
         if not any(slot.whole and slot.state != BAD for slot in found.values()):
             raise ImageError(
                 "cannot upgrade recovery: it is all there is, neither active nor passive can be booted",
@@ -173,6 +174,7 @@ class Upgrade:
         if self._slot == ACTIVE:
             found = slots.after_fallback(self._survey(), boot_state.read())
             self._kept = found[slots.kept(found[ACTIVE], found[PASSIVE])]
+            slots.judge(self._environment, found.values())
             self._armed = True
             slots.arm(self._environment, self._making.image_id)
             moves = [(self._kept, PASSIVE)] if self._kept.name == ACTIVE else []
@@ -211,5 +213,10 @@ class Upgrade:
         if self._slot == ACTIVE:
             steps.attempt(self._console, lambda: slots.forget(self._environment, self._survey().values()))
         text = f"{self._slot} is {making.image_id} now, made of {self._source.text}"
-        self._outcome = text, {"upgraded": True, "slot": self._slot, **dict(made.items())}
+        fields = {"upgraded": True, "slot": self._slot, **dict(made.items())}
+        if self._slot == ACTIVE:
+            new = slots.Slot(name=ACTIVE, whole=True, image_id=making.image_id)
+            fields["next"], told_next = slots.next_boot(self._environment.read(), new, self._kept)
+            text = f"{text}; {told_next}"
+        self._outcome = text, fields
         return True

@@ -49,15 +49,17 @@ class Judged(Upgradable):
     """A machine whose boot is to be judged; files of the booted system are below /sysroot."""
 
     def __init__(
-        self, machine: native.Machine, slot: str, program: Sequence[str], words: str, damaged: str = ""
+        self, machine: native.Machine, slot: str, program: Sequence[str], words: str, **lost: str
     ) -> None:
-        if damaged:
-            with machine.partition("state") as path:
-                os.truncate(path / f"cOS/{damaged}.img", 1 << 20)
+        with machine.partition("state") as path:
+            if "damaged" in lost:
+                os.truncate(path / f"cOS/{lost['damaged']}.img", 1 << 20)
+            if "unreadable" in lost:
+                upgrading.damage(path / f"cOS/{lost['unreadable']}.img")
         self.machine, self.slot, self._program = machine, slot, program
         booted = machine.boot(f"{upgrading.COMMANDS[slot]} {words}")
         assert booted.status == 0, booted.stderr
-        self.ids = self.images()
+        self.ids = {} if "unreadable" in lost else self.images()  # e2fsck may never come to its end there
         self.deadline(600)  # the host may run for longer than that
         self.put("/machine/systemctl", SYSTEMCTL)
         machine.run("mount", "--bind", "/machine/systemctl", "/usr/bin/systemctl")
@@ -140,8 +142,8 @@ def boot(upgradable: Path, tmp_path: Path, source: Sequence[str]) -> Iterator[Bo
     native.command("cp", "--sparse=always", upgradable, disk)
     with native.Machine(tmp_path / "machine", disk) as machine:
 
-        def switch_on(slot: str = "active", words: str = COUNTED, damaged: str = "") -> Judged:
-            return Judged(machine, slot, (*source[:-2], "immucore.system"), words, damaged)
+        def switch_on(slot: str = "active", words: str = COUNTED, **lost: str) -> Judged:
+            return Judged(machine, slot, (*source[:-2], "immucore.system"), words, **lost)
 
         yield switch_on
 
@@ -331,6 +333,17 @@ def test_images_that_are_nowhere_are_forgotten_when_there_are_many(boot: Boot) -
     here.set(*gone, kept, extra_cmdline="x")
     here.judge(until="not healthy")
     assert here.values() == {f"tries_{kept.image_id}": "1", "extra_cmdline": "x"}
+
+
+def test_nothing_is_forgotten_while_an_image_cannot_be_read(boot: Boot) -> None:
+    """It may be any of those that are counted."""
+    here = boot(unreadable="passive")
+    here.set(*(Count(image_id=f"{number:016x}_00000000", left=0) for number in range(5)))
+    before = here.values()
+    said = here.judge(until="not healthy")
+    assert "cannot read which image '/run/initramfs/cos-state/cOS/passive.img' is" in said
+    assert here.values() == before
+    assert len(before) == 5
 
 
 def test_without_a_reader_of_images_a_boot_is_judged_all_the_same(boot: Boot) -> None:

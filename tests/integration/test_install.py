@@ -233,6 +233,8 @@ def new_file(place: Path, size_mib: int = DISK_MIB) -> Path:
 @contextlib.contextmanager
 def loop(file: Path, *options: str) -> Iterator[str]:
     device = native.command("losetup", "--find", "--show", *options, file).strip()
+    # without --partscan the kernel still has the partitions of who had this device before
+    subprocess.run(["partx", "--delete", device], capture_output=True, check=False)
     try:
         yield device
     finally:
@@ -465,7 +467,7 @@ def test_a_disk_with_more_uses_than_can_be_listed_is_in_use(
     assert "it is in use: it has more uses than can be listed\n" in refused.stderr
 
 
-def test_a_disk_that_comes_into_use_while_images_are_made_is_refused(
+def test_nobody_else_can_use_a_disk_from_the_first_look_on(
     program: Sequence[str], place: Path, tree: Path
 ) -> None:
     disk = new_file(place)
@@ -475,12 +477,72 @@ def test_a_disk_that_comes_into_use_while_images_are_made_is_refused(
         with started(program, *words, f"dir:{tree}") as process:
             until(process, "making active.img")
             process.send_signal(signal.SIGSTOP)
-            with mounted(device, "ro") as there:
+            try:
+                with pytest.raises(RuntimeError, match="already mounted or mount point busy"):
+                    native.command("mount", "-o", "ro", device, "/mnt")
+            finally:
                 process.send_signal(signal.SIGCONT)
-                _, stderr = process.communicate()
-                assert f"it is in use: {device} is mounted on '{there}'" in stderr
-        assert process.returncode == 3
-        assert native.command("e2label", device) == "DATA\n"
+            _, stderr = process.communicate()
+        assert process.returncode == 0, stderr
+        Installed(device).check(("bios", "efi"), "ext4")
+
+
+CLAIM = f"""\
+{sys.executable} -c 'import errno, os, sys, time
+try:
+    claim = os.open(sys.argv[1], os.O_RDWR | os.O_EXCL)
+except OSError as error:
+    print(errno.errorcode[error.errno], flush=True)
+else:
+    print("free", flush=True)
+    os.pwrite(claim, b"mine", 0)
+    os.close(1)
+    os.close(2)
+    time.sleep(float(sys.argv[2]))
+' """
+
+
+@pytest.mark.parametrize(
+    "when", [("partx", "--delete", "$2p1"), ("partx", "--delete", "$2"), ("sfdisk", "--quiet", "$6")]
+)
+def test_nobody_else_can_use_a_disk_that_is_being_written(
+    install: Install, place: Path, tmp_path: Path, tree: Path, when: tuple[str, str, str]
+) -> None:
+    """Between the last look at it and its erasing, and before the table is written."""
+    program, option, what = when
+    disk, said = new_file(place), tmp_path / "said"
+    native.command("sfdisk", "--quiet", disk, stdin="label: gpt\nsize=8MiB, name=precious\n")
+    with loop(disk) as device:
+        native.command("partx", "--update", device)
+        before = instead(
+            program, f'[ "$1" != {option} ] || [ "$1" != {option} ] || {CLAIM} {what} 0 >{said}', tmp_path
+        )
+        words = ("--wipe", "--target", device, "--firmware", "efi", "--scratch", place, *SMALL)
+        done = install(*words, f"dir:{tree}", before=before)
+        assert done.returncode == 0, done.stderr
+        assert said.read_text() == "EBUSY\n"
+        Installed(device).check(("efi",), "ext4")
+
+
+def test_a_disk_that_is_taken_while_it_is_written_is_left_alone(
+    install: Install, place: Path, tmp_path: Path, tree: Path
+) -> None:
+    """mke2fs claims it by itself; who is there before us when that has ended has it."""
+    disk, said = new_file(place), tmp_path / "said"
+    script = f"{CLAIM} ${{3%%\\?*}} 60 >{said} 2>/dev/null & echo $! >>{tmp_path}/pids; sleep 1"
+    with loop(disk) as device:
+        before = instead("e2fsck", f'case "$3" in {device}*) {script};; esac', tmp_path)
+        try:
+            words = ("--target", device, "--firmware", "efi", "--scratch", place, *SMALL)
+            done = install(*words, f"dir:{tree}", before=before)
+            assert said.read_text() == "free\n"
+            assert done.returncode == 3
+            told = "which no longer is what it was: it is in use: another program holds it"
+            assert f"cannot write '{device}', {told}\n" in done.stderr
+            assert disk.read_bytes()[:4] == b"mine"
+        finally:
+            for pid in (tmp_path / "pids").read_text().split():
+                os.kill(int(pid), signal.SIGKILL)
 
 
 def test_two_at_once(install: Install, place: Path, tree: Path) -> None:
@@ -718,16 +780,14 @@ def test_a_disk_that_cannot_be_written_to_stays_blank(
         native.command("umount", full)
 
 
-def failing(program: str, option: str, folder: Path) -> Sequence[str]:
-    """Return what starts a command for which a program fails with an option."""
+def instead(program: str, script: str, folder: Path) -> Sequence[str]:
+    """Return what starts a command for which a program does something else first."""
     path = os.path.realpath(str(shutil.which(program)))
     shutil.copy(path, folder / "real")
-    script = folder / "script"
-    script.write_text(
-        f'#!/bin/sh\n[ "$1" != {option} ] || {{ echo not today; exit 1; }}\nexec {folder}/real "$@"\n'
-    )
-    script.chmod(0o755)
-    return ("unshare", "--mount", "sh", "-ec", 'mount --bind "$0" "$1"; shift; exec "$@"', str(script), path)
+    (folder / "script").write_text(f'#!/bin/sh\n{script}\nexec {folder}/real "$@"\n')
+    (folder / "script").chmod(0o755)
+    bind = 'mount --bind "$0" "$1"; shift; exec "$@"'
+    return ("unshare", "--mount", "sh", "-ec", bind, str(folder / "script"), path)
 
 
 @pytest.mark.parametrize("option", ["--delete", "--update"])
@@ -737,10 +797,11 @@ def test_what_the_kernel_is_not_told(
     """Before anything is written that is an error, and afterwards no more than a warning."""
     disk = new_file(place)
     native.command("sfdisk", "--quiet", disk, stdin="label: gpt\nsize=8MiB, name=precious\n")
+    fail = f'[ "$1" != {option} ] || {{ echo not today; exit 1; }}'
     with loop(disk) as device:
         native.command("partx", "--update", device)
         words = ("--wipe", "--target", device, "--firmware", "efi", "--scratch", place, *SMALL)
-        done = install(*words, f"dir:{tree}", before=failing("partx", option, tmp_path))
+        done = install(*words, f"dir:{tree}", before=instead("partx", fail, tmp_path))
         if option == "--delete":
             assert done.returncode == 3
             assert f"cannot write '{device}', which is as it was: " in done.stderr

@@ -133,8 +133,7 @@ def test_what_becomes_of_the_others(
 def test_after_a_fallback_that_nobody_has_counted(boot: upgrading.Boot, new: Path) -> None:
     """The boot loader passes over an image that it cannot load: its count is as good as it ever was."""
     here = boot("passive")
-    line = f"{upgrading.COMMANDS['passive']} upgrade_failure=active\n"
-    here.machine.path("/machine/cmdline").write_text(line)
+    given_up(here)
     before = here.images()
     here.set(judged(before["active"], GOOD), judged(before["passive"], TRYING))
     ran = here.run("upgrade", f"dir:{new}")
@@ -142,13 +141,81 @@ def test_after_a_fallback_that_nobody_has_counted(boot: upgrading.Boot, new: Pat
     assert bootable(here)["passive"] == before["passive"]
 
 
+def given_up(here: Upgradable, slot: str = "active") -> None:
+    """Let the boot loader have started another slot than this one."""
+    line = f"{upgrading.COMMANDS[here.slot]} upgrade_failure={slot}\n"
+    here.machine.path("/machine/cmdline").write_text(line)
+
+
+def test_two_upgrades_after_a_fallback_without_a_reboot(
+    boot: upgrading.Boot, new: Path, newer: Path
+) -> None:
+    """What could not be booted was in active: by the second upgrade the first new image is there."""
+    here = boot("recovery")
+    given_up(here)
+    before = here.images()
+    here.set(judged(before["active"], GOOD), judged(before["passive"], BAD))
+    assert here.run("upgrade", f"dir:{new}").status == 0
+    made = here.images()["active"]
+    ran = here.run("upgrade", f"dir:{newer}")
+    assert ran.status == 0, ran.stderr
+    assert bootable(here)["passive"] == made
+
+
+def test_two_upgrades_after_a_fallback_keep_what_is_good(
+    boot: upgrading.Boot, new: Path, newer: Path
+) -> None:
+    here = boot("recovery")
+    given_up(here)
+    before = here.images()
+    here.set(judged(before["active"], GOOD), judged(before["passive"], GOOD))
+    for source in (new, newer):
+        assert here.run("upgrade", f"dir:{source}").status == 0
+        assert bootable(here)["passive"] == before["passive"]
+
+
+def test_what_could_not_be_booted_and_is_all_there_is(boot: upgrading.Boot, new: Path) -> None:
+    """It is kept, for there is no other, and known for what it is after a reboot too."""
+    here = boot("recovery")
+    given_up(here)
+    before = here.images()
+    here.set(judged(before["active"], GOOD))
+    with here.machine.partition("state") as path:
+        (path / "cOS/passive.img").unlink()
+    assert here.run("upgrade", f"dir:{new}").status == 0
+    assert here.images()["passive"] == before["active"]
+    assert bootcount.read(here.values(), str(before["active"])).state == BAD
+
+
+def test_recovery_is_kept_where_nothing_else_could_be_booted(boot: upgrading.Boot, new: Path) -> None:
+    here = boot("recovery")
+    given_up(here)
+    before = here.images()
+    here.set(judged(before["active"], GOOD), judged(before["passive"], BAD))
+    ran = here.run("upgrade", "--recovery", f"dir:{new}")
+    assert (ran.status, "cannot upgrade recovery: it is all there is" in ran.stderr) == (4, True)
+    assert here.images() == before
+
+
+def test_a_slot_that_was_chosen_for_the_next_boot_is_named(boot: upgrading.Boot, new: Path) -> None:
+    here = boot("active")
+    here.set(next_entry="recovery")
+    ran = here.run("upgrade", "--json", f"dir:{new}")
+    assert ran.status == 0, ran.stderr
+    done = f"active is {ran.result['image_id']} now, made of dir:{new}"
+    once = "the next boot boots recovery, once (immucore boot next auto takes that back)"
+    assert (ran.result["message"], ran.result["next"]) == (f"{done}; {once}", "recovery")
+    assert here.values()["next_entry"] == "recovery"
+    ran = here.run("upgrade", "--json", "--recovery", f"dir:{new}")
+    assert ran.result["message"] == f"recovery is {ran.result['image_id']} now, made of dir:{new}"
+
+
 def test_an_image_that_cannot_be_read_is_not_kept(boot: upgrading.Boot, new: Path) -> None:
     here = boot("recovery")
     before = here.images()
     here.set(judged(before["active"], GOOD), judged(before["passive"], TRYING))
-    with here.machine.partition("state") as path, (path / "cOS/active.img").open("r+b") as file:
-        file.seek(4096)
-        file.write(bytes(4096))
+    with here.machine.partition("state") as path:
+        upgrading.damage(path / "cOS/active.img")
     here = boot("passive")
     ran = here.run("boot", "status")
     assert (ran.status, "cannot read which image" in ran.stdout) == (5, True), ran.stdout + ran.stderr
@@ -256,6 +323,20 @@ def test_a_reboot_afterwards(boot: upgrading.Boot, new: Path) -> None:
     settled(here)
     ran = here.run("upgrade", f"dir:{new}")
     assert (ran.status, "nothing to be done" in ran.stderr) == (0, True), "and nothing to reboot for"
+
+
+def test_a_new_recovery_is_nothing_to_reboot_for(boot: upgrading.Boot, new: Path, newer: Path) -> None:
+    """upgrade.yaml is not asked; who asks for a reboot has one, which fails here: no systemd runs."""
+    here = boot("active")
+    configure(here, reboot="now")
+    ran = here.run("upgrade", "--recovery", f"dir:{new}")
+    assert (ran.status, "reboot" in ran.stderr) == (0, False), ran.stderr
+    made = here.images()["recovery"]
+    ran = here.run("upgrade", "--recovery", "--reboot", "now", f"dir:{newer}")
+    assert (ran.status not in (0, 2), "cannot reboot" in ran.stderr) == (True, True), ran.stderr
+    assert here.images()["recovery"] not in (None, made)
+    configure(here, reboot="soon")
+    assert here.run("upgrade", "--recovery", f"dir:{new}").status == 0
 
 
 def test_what_was_judged_bad(boot: upgrading.Boot, new: Path, newer: Path) -> None:

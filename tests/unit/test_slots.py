@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from immucore import bootcount
-from immucore.bootcount import ACTIVE, BAD, GOOD, PASSIVE, TRYING
+from immucore.bootcount import ACTIVE, BAD, GOOD, PASSIVE, RECOVERY, TRYING
 from immucore.system import boot_state
 from immucore.system.environment import Environment
-from immucore.system.slots import Slot, after_fallback, carry, forget, judged_bad, kept
+from immucore.system.slots import Slot, after_fallback, carry, forget, judge, judged_bad, kept, next_boot
 
 RANK = (BAD, TRYING, GOOD)
 
@@ -71,6 +71,52 @@ def test_what_could_not_be_booted_is_not_kept_whatever_its_count_says(wanted: st
     assert after_fallback(found, boot_state.of(b"", {}, other, None)) == found
     recovery = boot_state.of(b"", {"mode_asked": "recovery"}, other, None)
     assert after_fallback(found, recovery) == found
+
+
+def test_by_the_slot_only_until_images_are_moved(tmp_path: Path) -> None:
+    environment = Environment(tmp_path / "grubenv")
+    environment.write({"tries_active_1": "2", "good_active_1": "1"})
+    found = {name: slot(name, GOOD, running=name == PASSIVE) for name in (ACTIVE, PASSIVE)}
+    boot = boot_state.of(b"root=LABEL=COS_STATE upgrade_failure=active", {}, PASSIVE, None)
+    judge(environment, after_fallback(found, boot).values(), str(tmp_path / "moved"))
+    assert environment.read() == {"tries_active_1": "0"}
+    assert (tmp_path / "moved").exists()
+    assert after_fallback(found, boot.replace(moved=True)) == found
+
+
+@pytest.mark.parametrize(
+    ("active", "passive"),
+    [
+        (Slot(name=ACTIVE), slot(PASSIVE, GOOD)),
+        (Slot(name=ACTIVE, whole=True, problem="cannot read"), slot(PASSIVE, GOOD)),
+        (Slot(name=ACTIVE, whole=True, image_id="passive_1"), slot(PASSIVE, GOOD)),
+    ],
+    ids=["none", "unreadable", "the same"],
+)
+def test_no_other_image_is_judged_with_what_could_not_be_booted(
+    tmp_path: Path, active: Slot, passive: Slot
+) -> None:
+    environment = Environment(tmp_path / "grubenv")
+    environment.write(values := {"tries_passive_1": "3", "good_passive_1": "1"})
+    boot = boot_state.of(b"root=LABEL=COS_STATE upgrade_failure=active", {}, PASSIVE, None)
+    found = after_fallback({ACTIVE: active, PASSIVE: passive}, boot)
+    judge(environment, found.values(), str(tmp_path / "moved"))
+    assert environment.read() == values
+
+
+@pytest.mark.parametrize(
+    ("values", "entry", "told"),
+    [
+        ({}, ACTIVE, "active"),
+        ({"tries_a_1": "0"}, PASSIVE, "passive"),
+        ({"tries_a_1": "0", "tries_passive": "0"}, RECOVERY, "recovery"),
+        ({"next_entry": "cos"}, ACTIVE, "active"),
+        ({"next_entry": "memtest"}, "memtest", "memtest, once (immucore boot next auto takes that back)"),
+    ],
+)
+def test_what_the_next_boot_boots(values: dict[str, str], entry: str, told: str) -> None:
+    active, passive = Slot(name=PASSIVE, whole=True, image_id="a_1"), Slot(name=ACTIVE, whole=True)
+    assert next_boot(values, active, passive) == (entry, f"the next boot boots {told}")
 
 
 def test_what_was_judged_bad() -> None:
