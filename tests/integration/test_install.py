@@ -478,8 +478,9 @@ def test_nobody_else_can_use_a_disk_from_the_first_look_on(
             until(process, "making active.img")
             process.send_signal(signal.SIGSTOP)
             try:
-                with pytest.raises(RuntimeError, match="already mounted or mount point busy"):
-                    native.command("mount", "-o", "ro", device, "/mnt")
+                busy = pytest.raises(RuntimeError, match="already mounted or mount point busy")
+                with busy, mounted(device, "ro"):
+                    pass
             finally:
                 process.send_signal(signal.SIGCONT)
             _, stderr = process.communicate()
