@@ -160,6 +160,10 @@ class Devices(Record):
         first = set() if found[0].is_on(boot) else boot if found[0].is_on(close) else {*boot, *close}
         if found[0].removable and kind in _GIVEN and not (boot or close):
             return f"{found[0].path} is removable, and nobody says which disk was booted from"
+        home = boot if found[0].is_on(boot) else close
+        for device in self.unknown:  # it comes when its other disk does
+            if len(device.disks) > 1 and device.is_on(home):
+                return f"udev has not looked at {device.path} yet"
         return self._unseen(wanted, found, first, close)
 
     def _unseen(

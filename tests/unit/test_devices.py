@@ -363,6 +363,12 @@ LOADED = {"boot": f"PARTUUID={BOOT.partuuid}", "boot_origin": LOADER}
         ),
         # The state is there.
         ([STATE, on("vda", 5), unknown("vda"), unknown("vdc")], NEAR, HOME_FIRST, ""),
+        (
+            [STATE, on("vda", 5), Device(path="/dev/md0", disks=("/dev/vda", "/dev/vdc"))],
+            NEAR,
+            ANYWHERE,
+            "udev has not looked at /dev/md0 yet",
+        ),
         ([STATE, on("vdc", 5)], NEAR, HOME_FIRST, ""),
         ([STATE, on("vdc", 5), unknown("vda")], NEAR, ANYWHERE, "udev has not looked at /dev/vda7 yet"),
         ([STATE, on("vdc", 5), unknown("vdd")], NEAR, ANYWHERE, "udev has not looked at /dev/vdd7 yet"),
