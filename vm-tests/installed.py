@@ -42,7 +42,7 @@ FILES = {
         "echo the database is not there\nexit 1\n"
     ),
     "etc/systemd/system/boot-complete.target.d/fault.conf": (
-        "[Unit]\nRequires=stuck.service\nWants=frozen.service\n"
+        "[Unit]\nRequires=stuck.service frozen.service\n"
     ),
     "etc/systemd/system/stuck.service": (
         f"[Unit]\nConditionKernelCommandLine={FAULT}=stuck\nBefore=boot-complete.target\n"
@@ -50,7 +50,8 @@ FILES = {
     ),
     # PID 1 crashes, and does nothing any more, once the watchdog counts.
     "etc/systemd/system/frozen.service": (
-        f"[Unit]\nConditionKernelCommandLine={FROZEN}\n[Service]\nExecStart=/bin/sh -c"
+        f"[Unit]\nConditionKernelCommandLine={FROZEN}\nBefore=boot-complete.target\n"
+        "[Service]\nType=oneshot\nTimeoutStartSec=infinity\nExecStart=/bin/sh -c"
         " 'until grep -qx active /sys/class/watchdog/watchdog0/state; do sleep 0.2; done; kill -SEGV 1'\n"
     ),
 }

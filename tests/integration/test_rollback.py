@@ -120,7 +120,7 @@ def test_a_power_cut_in_a_rollback_favours_nothing_that_could_not_be_booted(
                 slots.swap(str(path / "cOS"))
         here.machine.path("/run/immucore/slots-moved").unlink(missing_ok=True)
         argv = ["strace", "--output=/dev/null", "-e", f"inject={call}:signal=SIGKILL:when={number}"]
-        argv = here.machine.inside(*argv, "-e", f"trace={call}", *here._program, "rollback")
+        argv = here.machine.inside(*argv, "-e", f"trace={call}", *upgrading.PROGRAM, "rollback")
         done = subprocess.run(argv, check=False, capture_output=True, timeout=120, env=upgrading.ENVIRONMENT)
         after = bootable(here)
         if after != before:
@@ -214,7 +214,7 @@ def test_a_rollback_that_is_stopped(boot: upgrading.Boot, how: signal.Signals) -
             now, values = here.images(), here.values()
             argv = ["strace", "--output=/run/strace", "-e", f"trace={call}"]
             argv += ["-e", f"inject={call}:signal={how.name}:when={number}"]
-            argv = here.machine.inside(*argv, *here._program, "rollback")
+            argv = here.machine.inside(*argv, *upgrading.PROGRAM, "rollback")
             ended = subprocess.run(
                 argv, check=False, capture_output=True, text=True, env=upgrading.ENVIRONMENT
             )
