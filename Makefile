@@ -94,7 +94,8 @@ images: deps freeze  ## build the test derivatives: root trees, initramfs images
 vm-test: deps freeze  ## boot the derivatives in QEMU, two at a time
 	$(BIN)/pytest vm-tests -n 2 --dist worksteal --durations=15
 
-fuzz: $(VENV)/.fuzz  ## fuzz what reads the texts from outside (FUZZ_SECONDS=60 each); findings in build/fuzz
+fuzz: $(VENV)/.fuzz  ## random examples for what holds in general, then fuzz what reads texts from outside (FUZZ_SECONDS=60 each)
+	@$(BIN)/pytest tests/unit -q --hypothesis-profile=random
 	@$(BIN)/python tests/fuzz/fuzz.py
 
 $(VENV)/.fuzz: $(VENV)/.stamp

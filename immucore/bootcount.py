@@ -89,6 +89,14 @@ def boot(
     return None, after
 
 
+def upcoming(
+    values: Mapping[str, str], active: str | None, passive: str | None, broken: Collection[str] = ()
+) -> str:
+    """Name the entry that the boot loader takes next, one of grubcustom too; empty where there is none."""
+    once = values.get("next_entry", "")
+    return once if once and once not in ENTRIES else boot(values, active, passive, broken)[0] or ""
+
+
 def armed(image_id: str) -> Count:
     """Return the count of an image that was never booted."""
     return Count(image_id=image_id)

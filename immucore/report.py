@@ -8,6 +8,7 @@ import os
 from _json import encode_basestring_ascii, make_encoder
 
 from immucore import __version__
+from immucore.errors import KernelMismatchError
 from immucore.execute import SUCCEEDED
 from immucore.fstab import escape
 from immucore.log import printable
@@ -144,7 +145,15 @@ def result(
         "mode_asked": mode,
         "mode_booted": booted if outcome in ("ok", "degraded") else "",
         "error": {"message": error.message, "hint": error.hint} if error else None,
-        "failures": [{"mode": each.mode, "message": each.error.message} for each in failures],
+        "failures": [
+            {
+                "mode": each.mode,
+                "message": each.error.message,
+                # Its own kernel may well boot it.
+                "other_kernel": isinstance(each.error, KernelMismatchError),
+            }
+            for each in failures
+        ],
         "next_entry": next_entry,
         "degraded": degraded,
         "conflicts": conflicts,  # what the image has another version of, and stayed as somebody has made it

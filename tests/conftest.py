@@ -9,8 +9,8 @@ from hypothesis import settings
 if TYPE_CHECKING:
     import pytest
 
-# The same examples in every run: what random ones find is not to be found while somebody lands something else.
-# `make fuzz` takes new ones each time.
+# The same examples in every run, so that nothing waits for what random ones find in something else: those
+# are for `make fuzz`.
 settings.register_profile("immucore", max_examples=150, deadline=None, database=None, derandomize=True)
 settings.register_profile("random", max_examples=150, deadline=None, database=None)
 settings.load_profile("immucore")

@@ -71,8 +71,11 @@ def _bad(arguments: argparse.Namespace) -> int:
 def _running(state: BootState, verdict: str) -> str:
     if state.counted_as:
         return state.counted_as
+    why = "it is no boot of active or passive, and is not counted"
+    if state.mode in COUNTED:
+        why = "its image has no identity, and images were moved since"
     raise CmdlineError(
-        f"cannot judge this boot {verdict}: it is no boot of active or passive, and is not counted",
+        f"cannot judge this boot {verdict}: {why}",
         hint="immucore boot status lists the images; immucore boot bad SLOT judges one of them",
     )
 

@@ -34,6 +34,7 @@ class BootState(Record):
     image_id: str | None  # of the image that runs; None where it has none
     wanted: str  # what was to be booted
     reason: str  # why that is not what was booted; empty where it is
+    given_up: tuple[str, ...]  # that, and what else was tried before what was booted
     restarts: bool  # a boot that fails restarts the machine (rd.cos.onfail): it is counted, or was asked for
     planned: bool  # the agent has mounted the system
     root: str  # where the booted system is: / or, in an initramfs, /sysroot
@@ -41,8 +42,12 @@ class BootState(Record):
 
     @property
     def counted_as(self) -> str | None:
-        """What the tries of the booted image are counted by; None where they are not."""
-        return (self.image_id or self.mode) if self.mode in COUNTED else None
+        """What the tries of the booted image are counted by; None where they are not.
+
+        Without an identity that is its slot, as long as nothing was moved.
+        """
+        name = None if self.moved else self.mode
+        return (self.image_id or name) if self.mode in COUNTED else None
 
     @property
     def environment(self) -> Environment:
@@ -87,23 +92,27 @@ def of(
         wanted, reason = given_up, GIVEN_UP
     elif asked in MODES and asked != mode:
         wanted, reason = asked, _why_not(result)
+    failed = [each["mode"] for each in _failures(result) if not each.get("other_kernel")]
     parsed = cmdline.parse(line)
     return BootState(
         mode=mode,
         image_id=image_id,
         wanted=wanted,
         reason=reason,
+        given_up=tuple(each for each in dict.fromkeys((wanted, *failed)) if each != mode),
         restarts=mode in COUNTED and parsed.onfail.startswith("reboot"),
         planned=parsed.engaged,
         root=root,
     )
 
 
-def _why_not(result: Mapping[str, Any]) -> str:
+def _failures(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """List the slots that the agent has tried in vain."""
     failures = result.get("failures")
-    told = [
-        f"{each.get('mode')}: {each.get('message')}"
-        for each in (failures if isinstance(failures, list) else [])
-        if isinstance(each, dict)
-    ]
+    listed = failures if isinstance(failures, list) else []
+    return [each for each in listed if isinstance(each, dict) and each.get("mode") in MODES]
+
+
+def _why_not(result: Mapping[str, Any]) -> str:
+    told = [f"{each['mode']}: {each.get('message')}" for each in _failures(result)]
     return "; ".join(dict.fromkeys(told)) or "the agent could not boot it"

@@ -143,7 +143,6 @@ def show(arguments: argparse.Namespace) -> int:
 def _facts(state: BootState, found: Survey, values: Mapping[str, str]) -> dict[str, Any]:
     ids = {image.slot: (image.image_id or image.slot) if image.path else None for image in found.images}
     broken = [image.slot for image in found.images if image.problem or not image.path]
-    upcoming, _ = bootcount.boot(values, ids[ACTIVE], ids[PASSIVE], broken)
     return {
         "schema": report.SCHEMA,
         "booted": state.mode,
@@ -151,7 +150,7 @@ def _facts(state: BootState, found: Survey, values: Mapping[str, str]) -> dict[s
         "reason": boot_state.reason(state, {image.slot: image.state for image in found.images}),
         "image_id": state.image_id,
         "health": health_notice.read(),
-        "next": upcoming,
+        "next": bootcount.upcoming(values, ids[ACTIVE], ids[PASSIVE], broken) or None,
         "next_entry": values.get("next_entry", ""),
         "saved_entry": values.get("saved_entry", ""),
         "environment": {"path": str(state.environment.path), "problem": state.environment.problem},

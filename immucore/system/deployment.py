@@ -152,10 +152,9 @@ def write(disk: Disk, layout: Sequence[Partition], work: str, console: Console) 
             so = "is blank now"
             try:
                 disk.erase()
-            except ImmucoreError:  # somebody has it
-                so = "no longer is what it was"
-            except OSError:  # the table would have been the last
-                pass
+            except (ImmucoreError, OSError) as again:
+                if disk.described or isinstance(again, ImmucoreError):  # else without a table it is blank
+                    so = "no longer is what it was"
         if isinstance(error, Interrupted):
             raise Interrupted(f"stopped: '{disk.name}' {so}") from None
         reason = error.message if isinstance(error, ImmucoreError) else told(error)
@@ -178,6 +177,7 @@ def _write(disk: Disk, layout: Sequence[Partition], work: str, console: Console)
             _fill(disk, each, work)
         disk.flush()
     with console.step("writing the table of partitions"):
+        disk.described = True
         partitions.write(disk.path, layout, disk.sector_bytes)
         disk.flush()
 

@@ -43,6 +43,7 @@ class Disk:
         self.path = path
         self.name = name  # what messages call it
         self.touched = False  # it no longer is what it was
+        self.described = False  # it may have its new table
         self._descriptor = descriptor
         self._claim = -1  # a second one: as long as it is open nobody else can use the disk
         status = os.fstat(descriptor)

@@ -101,7 +101,7 @@ class Supervisor:
     def _bad(self, slot: slots.Slot) -> str:
         """Say what it means for a slot that its image has no try left: the one that runs is still judged."""
         image = f"{slot.name} ({slot.image_id or 'no id'})"
-        if slot.name == self._state.mode and not slot.problem:
+        if slot.counted_as == self._state.counted_as and not slot.problem:
             return f"{image} has its last try: it is not booted again if this boot comes to no good health"
         return slot.problem or f"{image} is bad and is not booted again"
 
@@ -165,6 +165,7 @@ class Supervisor:
 
     def approve(self) -> None:
         """Give the image that runs all its tries, and the reboot lock back."""
+        self._state = boot_state.read()  # images may have been moved since
         image_id = self._state.counted_as
         if image_id:
             verdict = bootcount.verdict(bootcount.armed(image_id))

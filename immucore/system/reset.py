@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING
 from immucore import files
 from immucore.bootcount import ACTIVE, COUNTED, RECOVERY
 from immucore.errors import AmbiguousError, CmdlineError, DeviceError
-from immucore.system import booted, filesystems, images, slots, sources, state_file, steps, stopping
+from immucore.system import (
+    boot_state,
+    booted,
+    filesystems,
+    images,
+    slots,
+    sources,
+    state_file,
+    steps,
+    stopping,
+)
 from immucore.system.environment import Environment
 from immucore.system.errors import ImageError, told
 from immucore.system.making import Making, fstype_of
@@ -130,9 +140,10 @@ class Reset:
     def _put(self, slot: str, _: Advance) -> bool:
         """Put a new image in the place of one that is given up; its tries are on the disk before."""
         making = self._making
-        slots.judge(self._environment, ())
-        slots.arm(self._environment, making.image_id)
-        slots.replace(making.directory, slot)
+        found = slots.survey(making.directory, self._environment.read())
+        with slots.moving(self._environment, slots.after_fallback(found, boot_state.read()).values()):
+            slots.arm(self._environment, making.image_id)
+            slots.replace(making.directory, slot)
         slots.settle(making.directory)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(making.image)  # what was there before

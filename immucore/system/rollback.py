@@ -30,12 +30,12 @@ def rollback(console: Console, here: Booted, *, force: bool) -> None:
             stopping.point()
             stopping.hold()
             image_id = found[PASSIVE].image_id
-            slots.judge(environment, found.values())
-            if found[PASSIVE].state == BAD:
-                slots.arm(environment, found[PASSIVE].counted_as)
-            moves, known = ((found[ACTIVE], PASSIVE), (found[PASSIVE], ACTIVE)), environment.read()
-            slots.carry(environment, moves, known, either=True)
-            slots.swap(directory)
+            with slots.moving(environment, found.values()):
+                if found[PASSIVE].state == BAD:
+                    slots.arm(environment, found[PASSIVE].counted_as)
+                moves, known = ((found[ACTIVE], PASSIVE), (found[PASSIVE], ACTIVE)), environment.read()
+                slots.carry(environment, moves, known, either=True)
+                slots.swap(directory)
             steps.attempt(console, lambda: slots.carry(environment, moves, known))
             steps.attempt(console, lambda: slots.settle(directory))
             state = state_file.read(top)
@@ -44,10 +44,10 @@ def rollback(console: Console, here: Booted, *, force: bool) -> None:
             state.record(PASSIVE, entries[ACTIVE])
             booted.record(console, here, top, booted.STATE, state)
             steps.attempt(console, lambda: slots.forget(environment, slots.survey(directory, {}).values()))
+            now = slots.survey(directory, environment.read())
     except OSError as error:
         raise ImageError(f"cannot roll back: {told(error)}") from None
-    active, passive = (found[PASSIVE], found[ACTIVE] if found[ACTIVE].whole else found[PASSIVE])
-    upcoming, told_next = slots.next_boot(environment.read(), active, passive)
+    upcoming, told_next = slots.next_boot(environment.read(), now[ACTIVE], now[PASSIVE])
     text = f"active is {image_id} now, which was passive; {told_next}"
     console.result(text, image_id=image_id, next=upcoming)
 

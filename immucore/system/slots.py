@@ -16,20 +16,23 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import struct
 from typing import TYPE_CHECKING
 
 from immucore import bootcount, files, superblock, syscalls
 from immucore.bootcount import ACTIVE, BAD, COUNTED, GOOD, PASSIVE, RECOVERY, TRYING
+from immucore.errors import ImmucoreError
 from immucore.system import boot_state, images
 from immucore.system.errors import UnreadableError
 from immucore.system.programs import run
 from immucore.values import Record
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
+    from immucore.bootcount import Count
     from immucore.system.boot_state import BootState
     from immucore.system.environment import Environment
 
@@ -54,9 +57,7 @@ class Slot(Record):
     state: str = TRYING
     running: bool = False  # the system that runs is this image
     problem: str = ""  # why nobody can tell which one it is; it is bad then, and its count is left alone
-    given_up: bool = (
-        False  # this boot was to boot it, and could not; it is bad then, whatever its count says
-    )
+    given_up: bool = False  # this boot could not boot it: it is bad, whatever its count says
 
     @property
     def counted_as(self) -> str:
@@ -108,32 +109,45 @@ def kept(active: Slot, passive: Slot) -> str:
 
 
 def after_fallback(found: Mapping[str, Slot], boot: BootState) -> dict[str, Slot]:
-    """Take the image that this boot was to boot, and could not, for bad, whatever its count says.
+    """Take the images that this boot could not boot for bad, whatever their counts say.
 
-    One that cannot be loaded is passed over, and nobody has counted that. The next boot may be able to:
-    judge() stores it only where an image is moved because of it.
+    One that cannot be loaded is passed over, and nobody has judged it. The next boot may be able to: that
+    is stored only where images are moved, by moving().
     """
-    wanted = found.get(boot.wanted) if boot.reason and not boot.moved else None
-    return {**found, wanted.name: wanted.replace(state=BAD, given_up=True)} if wanted else dict(found)
+    failed = () if boot.moved else boot.given_up
+    return {
+        name: slot.replace(state=BAD, given_up=True) if name in failed else slot
+        for name, slot in found.items()
+    }
 
 
-def judge(environment: Environment, found: Iterable[Slot], moved: str = boot_state.MOVED) -> None:
-    """Store what after_fallback() has found, before images are moved: only until then it goes by the slot.
+@contextlib.contextmanager
+def moving(environment: Environment, found: Iterable[Slot], mark: str = boot_state.MOVED) -> Iterator[None]:
+    """Move images: first what after_fallback() has found is stored, which until then goes by the slot.
 
-    Raises CmdlineError, MountError and OSError.
+    If that fails, nothing was moved, and what was stored is taken back. Raises CmdlineError, MountError and
+    OSError.
     """
     found = [slot for slot in found if slot.whole and not slot.problem]
     others = [slot.counted_as for slot in found if not slot.given_up]  # one image can be in both slots
     bad = [slot.counted_as for slot in found if slot.given_up and slot.counted_as not in others]
+    before = [bootcount.read(environment.read(), image_id) for image_id in bad]
 
-    def judged(values: dict[str, str]) -> dict[str, str]:
-        for image_id in bad:
-            values = bootcount.written(values, bootcount.condemned(bootcount.armed(image_id)))
-        return values
+    def store(counts: Iterable[Count]) -> None:
+        environment.update(lambda values: functools.reduce(bootcount.written, counts, values))
 
-    environment.update(judged)
-    with open(moved, "wb"):
-        pass
+    store(bootcount.condemned(bootcount.armed(image_id)) for image_id in bad)
+    try:
+        marked = os.path.exists(mark)
+        with open(mark, "wb"):
+            pass
+        yield
+    except (ImmucoreError, OSError):
+        with contextlib.suppress(ImmucoreError, OSError):
+            if not marked:
+                os.unlink(mark)
+            store(before)
+        raise
 
 
 def commit(directory: str, keep: str) -> None:
@@ -278,13 +292,11 @@ def forget(environment: Environment, found: Iterable[Slot]) -> None:
 
 def next_boot(values: Mapping[str, str], active: Slot, passive: Slot) -> tuple[str, str]:
     """Tell which entry the next boot boots with these images in the slots: its name, and in words."""
+    found = {ACTIVE: active, PASSIVE: passive}
+    broken = [name for name, slot in found.items() if slot.problem]
+    ids = {n: slot.replace(name=n).counted_as if slot.whole else None for n, slot in found.items()}
+    entry = bootcount.upcoming(values, ids[ACTIVE], ids[PASSIVE], broken)
     chosen = values.get("next_entry", "")
-    entry = chosen
-    if chosen in ("", *bootcount.ENTRIES):  # else it is one of grubcustom
-        found = {ACTIVE: active.replace(name=ACTIVE), PASSIVE: passive.replace(name=PASSIVE)}
-        first, second = (slot.counted_as if slot.whole else None for slot in found.values())
-        broken = [name for name, slot in found.items() if slot.problem]
-        entry = bootcount.boot(values, first, second, broken)[0] or RECOVERY
     once = ", once (immucore boot next auto takes that back)" if chosen and entry != ACTIVE else ""
     return entry, f"the next boot boots {entry}{once}"
 

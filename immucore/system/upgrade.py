@@ -98,6 +98,8 @@ class Upgrade:
         self._there = None
         with contextlib.suppress(UnreadableError):  # all the more it has to be replaced
             self._there = images.identity(self._place) if slots.whole(self._place) else None
+        if self._slot == ACTIVE and slots.after_fallback(self._survey(), boot_state.read())[ACTIVE].given_up:
+            self._there = None  # it is what its identity says, and is not in order
         if self._slot == RECOVERY and not self._wishes.force:
             self._keep_a_way_out()
         return True
@@ -174,7 +176,7 @@ class Upgrade:
         if self._slot == ACTIVE:
             found = slots.after_fallback(self._survey(), boot_state.read())
             self._kept = found[slots.kept(found[ACTIVE], found[PASSIVE])]
-            slots.judge(self._environment, found.values())
+            self._found = found
             self._armed = True
             slots.arm(self._environment, self._making.image_id)
             moves = [(self._kept, PASSIVE)] if self._kept.name == ACTIVE else []
@@ -185,7 +187,8 @@ class Upgrade:
         if self._slot == RECOVERY:
             slots.replace(self._making.directory, RECOVERY)
         else:
-            slots.commit(self._making.directory, self._kept.name)
+            with slots.moving(self._environment, self._found.values()):
+                slots.commit(self._making.directory, self._kept.name)
         self._committed = True
         steps.attempt(self._console, lambda: slots.settle(self._making.directory))
         return True

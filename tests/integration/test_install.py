@@ -495,8 +495,8 @@ try:
 except OSError as error:
     print(errno.errorcode[error.errno], flush=True)
 else:
-    print("free", flush=True)
     os.pwrite(claim, b"mine", 0)
+    print("free", flush=True)
     os.close(1)
     os.close(2)
     time.sleep(float(sys.argv[2]))
@@ -515,9 +515,7 @@ def test_nobody_else_can_use_a_disk_that_is_being_written(
     native.command("sfdisk", "--quiet", disk, stdin="label: gpt\nsize=8MiB, name=precious\n")
     with loop(disk) as device:
         native.command("partx", "--update", device)
-        before = instead(
-            program, f'[ "$1" != {option} ] || [ "$1" != {option} ] || {CLAIM} {what} 0 >{said}', tmp_path
-        )
+        before = instead(program, f'[ "$1" != {option} ] || {CLAIM} {what} 0 >{said}', tmp_path)
         words = ("--wipe", "--target", device, "--firmware", "efi", "--scratch", place, *SMALL)
         done = install(*words, f"dir:{tree}", before=before)
         assert done.returncode == 0, done.stderr
@@ -530,7 +528,8 @@ def test_a_disk_that_is_taken_while_it_is_written_is_left_alone(
 ) -> None:
     """mke2fs claims it by itself; who is there before us when that has ended has it."""
     disk, said = new_file(place), tmp_path / "said"
-    script = f"{CLAIM} ${{3%%\\?*}} 60 >{said} 2>/dev/null & echo $! >>{tmp_path}/pids; sleep 1"
+    script = f"{CLAIM} ${{3%%\\?*}} 60 >{said} 2>/dev/null & echo $! >>{tmp_path}/pids"
+    script = f"{script}; until [ -s {said} ]; do sleep 0.1; done"
     with loop(disk) as device:
         before = instead("e2fsck", f'case "$3" in {device}*) {script};; esac', tmp_path)
         try:

@@ -141,6 +141,20 @@ def test_after_a_fallback_that_nobody_has_counted(boot: upgrading.Boot, new: Pat
     assert bootable(here)["passive"] == before["passive"]
 
 
+def test_what_could_not_be_booted_is_made_anew_of_the_same_source(boot: upgrading.Boot, new: Path) -> None:
+    """It holds what the source does, its identity says, and is not in order all the same."""
+    here = boot("active")
+    assert here.run("upgrade", f"dir:{new}").status == 0
+    here = boot("passive")
+    given_up(here)
+    before = here.images()
+    ran = here.run("upgrade", "--json", f"dir:{new}")
+    assert ran.status == 0, ran.stderr
+    assert ran.result["upgraded"] is True
+    assert here.images()["active"] != before["active"]
+    assert here.images()["passive"] == before["passive"]
+
+
 def given_up(here: Upgradable, slot: str = "active") -> None:
     """Let the boot loader have started another slot than this one."""
     line = f"{upgrading.COMMANDS[here.slot]} upgrade_failure={slot}\n"

@@ -57,6 +57,36 @@ def test_what_the_tries_are_counted_by(mode: str, image_id: str | None, counted_
     assert of(mode=mode, image_id=image_id).counted_as == counted_as
 
 
+def test_without_an_identity_nothing_is_counted_once_images_were_moved() -> None:
+    assert of(mode="passive", image_id=None).replace(moved=True).counted_as is None
+    assert of(mode="passive", image_id=ID).replace(moved=True).counted_as == ID
+
+
+@pytest.mark.parametrize(
+    ("words", "failures", "mode", "given_up"),
+    [
+        (b"", [], "active", ()),
+        (b" upgrade_failure=active", [], "passive", ("active",)),
+        (b" upgrade_failure=active", ["passive"], "recovery", ("active", "passive")),
+        (b"", ["active", "passive"], "recovery", ("active", "passive")),
+        (b" upgrade_failure=recovery", [], "active", ("recovery",)),
+    ],
+)
+def test_which_slots_could_not_be_booted(
+    words: bytes, failures: list[str], mode: str, given_up: tuple[str, ...]
+) -> None:
+    listed = [{"mode": each, "message": "it is damaged", "other_kernel": False} for each in failures]
+    state = of(COUNTED + words, mode, mode_asked=(*failures, mode)[0], failures=listed)
+    assert state.given_up == given_up
+
+
+def test_an_image_of_another_kernel_may_well_be_booted_by_its_own() -> None:
+    passive = {"mode": "passive", "message": "it has no modules of 6.1", "other_kernel": True}
+    active = {"mode": "active", "message": "it is damaged", "other_kernel": False}
+    state = of(mode="recovery", mode_asked="active", failures=[active, passive])
+    assert state.given_up == ("active",)
+
+
 @pytest.mark.parametrize(
     ("words", "mode", "wanted"),
     [

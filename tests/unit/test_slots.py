@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from immucore import bootcount
 from immucore.bootcount import ACTIVE, BAD, GOOD, PASSIVE, RECOVERY, TRYING
 from immucore.system import boot_state
 from immucore.system.environment import Environment
-from immucore.system.slots import Slot, after_fallback, carry, forget, judge, judged_bad, kept, next_boot
+from immucore.system.slots import Slot, after_fallback, carry, forget, judged_bad, kept, moving, next_boot
 
 RANK = (BAD, TRYING, GOOD)
 
@@ -78,8 +79,8 @@ def test_by_the_slot_only_until_images_are_moved(tmp_path: Path) -> None:
     environment.write({"tries_active_1": "2", "good_active_1": "1"})
     found = {name: slot(name, GOOD, running=name == PASSIVE) for name in (ACTIVE, PASSIVE)}
     boot = boot_state.of(b"root=LABEL=COS_STATE upgrade_failure=active", {}, PASSIVE, None)
-    judge(environment, after_fallback(found, boot).values(), str(tmp_path / "moved"))
-    assert environment.read() == {"tries_active_1": "0"}
+    with moving(environment, after_fallback(found, boot).values(), str(tmp_path / "moved")):
+        assert environment.read() == {"tries_active_1": "0"}
     assert (tmp_path / "moved").exists()
     assert after_fallback(found, boot.replace(moved=True)) == found
 
@@ -100,8 +101,31 @@ def test_no_other_image_is_judged_with_what_could_not_be_booted(
     environment.write(values := {"tries_passive_1": "3", "good_passive_1": "1"})
     boot = boot_state.of(b"root=LABEL=COS_STATE upgrade_failure=active", {}, PASSIVE, None)
     found = after_fallback({ACTIVE: active, PASSIVE: passive}, boot)
-    judge(environment, found.values(), str(tmp_path / "moved"))
+    with moving(environment, found.values(), str(tmp_path / "moved")):
+        assert environment.read() == values
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_what_was_not_moved_is_not_judged(tmp_path: Path, earlier: bool) -> None:
+    environment, mark = Environment(tmp_path / "grubenv"), tmp_path / "moved"
+    environment.write(values := {"tries_active_1": "2", "good_active_1": "1"})
+    if earlier:
+        mark.touch()
+    boot = boot_state.of(b"root=LABEL=COS_STATE upgrade_failure=active", {}, PASSIVE, None)
+    found = after_fallback({name: slot(name, GOOD) for name in (ACTIVE, PASSIVE)}, boot)
+    with pytest.raises(OSError, match="I/O"), moving(environment, found.values(), str(mark)):
+        raise OSError(errno.EIO, "I/O error")
     assert environment.read() == values
+    assert mark.exists() is earlier
+
+
+def test_both_could_not_be_booted() -> None:
+    """The boot loader passed over one, and the agent over the other."""
+    result = {"mode_asked": "passive", "failures": [{"mode": "passive", "message": "it is damaged"}]}
+    boot = boot_state.of(b"root=LABEL=COS_STATE upgrade_failure=active", result, "recovery", None)
+    found = after_fallback({name: slot(name, GOOD) for name in (ACTIVE, PASSIVE)}, boot)
+    assert {each.state for each in found.values()} == {BAD}
+    assert all(each.given_up for each in found.values())
 
 
 @pytest.mark.parametrize(
