@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from immucore import __version__, report
-from immucore.errors import DeviceError, MountError
+from immucore.errors import DeviceError, KernelMismatchError, MountError
 from immucore.execute import Step
 from immucore.observe import MountPoint
 from immucore.plan import Bind, Loop, Missing, Mount, Operation, Overlay, Plan, Seed, WriteFile
@@ -182,10 +182,16 @@ def test_result_of_a_degraded_boot() -> None:
 
 
 def test_result_of_another_slot_than_was_asked_for() -> None:
-    failures = [report.Failure(mode="active", error=MountError("cannot find it"))]
-    shown = result(outcome="degraded", booted="passive", failures=failures)
-    assert (shown["mode_asked"], shown["mode_booted"]) == ("active", "passive")
-    assert shown["failures"] == [{"mode": "active", "message": "cannot find it"}]
+    failures = [
+        report.Failure(mode="active", error=MountError("cannot find it")),
+        report.Failure(mode="passive", error=KernelMismatchError("no modules of 6.1")),
+    ]
+    shown = result(outcome="degraded", booted="recovery", failures=failures)
+    assert (shown["mode_asked"], shown["mode_booted"]) == ("active", "recovery")
+    assert shown["failures"] == [
+        {"mode": "active", "message": "cannot find it", "other_kernel": False},
+        {"mode": "passive", "message": "no modules of 6.1", "other_kernel": True},
+    ]
 
 
 def test_one_error_of_all_slots() -> None:
