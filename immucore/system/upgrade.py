@@ -179,15 +179,15 @@ class Upgrade:
             self._found = found
             self._armed = True
             slots.arm(self._environment, self._making.image_id)
-            moves = [(self._kept, PASSIVE)] if self._kept.name == ACTIVE else []
-            slots.carry(self._environment, moves, self._environment.read())
         return True
 
     def _commit(self, _: Advance) -> bool:
         if self._slot == RECOVERY:
             slots.replace(self._making.directory, RECOVERY)
         else:
+            known, moves = self._environment.read(), [(self._kept, PASSIVE)]
             with slots.moving(self._environment, self._found.values()):
+                slots.carry(self._environment, moves if self._kept.name == ACTIVE else [], known)
                 slots.commit(self._making.directory, self._kept.name)
         self._committed = True
         steps.attempt(self._console, lambda: slots.settle(self._making.directory))

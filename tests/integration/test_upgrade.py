@@ -758,14 +758,17 @@ def test_without_oem(boot: upgrading.Boot, new: Path) -> None:
     settled(here)
 
 
-def test_images_of_somebody_else(boot: upgrading.Boot, new: Path, newer: Path) -> None:
+@pytest.mark.parametrize("fell_back", [False, True])
+def test_images_of_somebody_else(boot: upgrading.Boot, new: Path, newer: Path, fell_back: bool) -> None:
     """cos-toolkit's images have no identity: they are told apart by their files, counted by their slot."""
     here = boot("recovery")
     with here.machine.partition("state") as path:
         for slot in ("active", "passive"):
             native.command("debugfs", "-w", "-R", f"rm /{content.IDENTITY}", path / f"cOS/{slot}.img")
     here = boot("active")
-    here.set(judged("active", GOOD), judged("passive", BAD))
+    here.set(judged("active", GOOD), judged("passive", GOOD if fell_back else BAD))
+    if fell_back:
+        given_up(here, "passive")
     ran = here.run("upgrade", "--json", f"dir:{new}")
     assert ran.status == 0, ran.stderr
     assert here.values() == {
