@@ -12,7 +12,7 @@ from pathlib import Path
 import native
 import pytest
 import upgrading
-from test_upgrade import bootable, given_up, judged, settled, stop_at
+from test_upgrade import bootable, fallen_back, given_up, judged, settled, stop_at
 
 from immucore import bootcount
 from immucore.bootcount import BAD, GOOD, TRYING
@@ -60,10 +60,7 @@ def test_what_could_not_be_booted_is_not_kept_by_an_upgrade(
     boot: upgrading.Boot, new: Path, reboot: bool
 ) -> None:
     """Nobody has counted that the boot loader passed over active: its count is as good as it ever was."""
-    here = boot("passive")
-    given_up(here)
-    before = here.images()
-    here.set(judged(before["active"], GOOD), judged(before["passive"], TRYING))
+    here, before = fallen_back(boot, "passive", GOOD, TRYING)
     ran = here.run("rollback")
     assert ran.status == 0, ran.stderr
     assert bootable(here) == {**before, "active": before["passive"], "passive": before["active"]}
@@ -76,10 +73,7 @@ def test_what_could_not_be_booted_is_not_kept_by_an_upgrade(
 
 
 def test_what_could_not_be_booted_and_the_way_back_to_it(boot: upgrading.Boot) -> None:
-    here = boot("passive")
-    given_up(here)
-    before = here.images()
-    here.set(judged(before["active"], GOOD), judged(before["passive"], GOOD))
+    here, before = fallen_back(boot, "passive", GOOD, GOOD)
     assert here.run("rollback").status == 0
     ran = here.run("rollback")
     assert (ran.status, f"passive ({before['active']}) was judged bad" in ran.stderr) == (4, True)

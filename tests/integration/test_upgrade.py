@@ -132,10 +132,7 @@ def test_what_becomes_of_the_others(
 
 def test_after_a_fallback_that_nobody_has_counted(boot: upgrading.Boot, new: Path) -> None:
     """The boot loader passes over an image that it cannot load: its count is as good as it ever was."""
-    here = boot("passive")
-    given_up(here)
-    before = here.images()
-    here.set(judged(before["active"], GOOD), judged(before["passive"], TRYING))
+    here, before = fallen_back(boot, "passive", GOOD, TRYING)
     ran = here.run("upgrade", f"dir:{new}")
     assert ran.status == 0, ran.stderr
     assert bootable(here)["passive"] == before["passive"]
@@ -155,6 +152,17 @@ def test_what_could_not_be_booted_is_made_anew_of_the_same_source(boot: upgradin
     assert here.images()["passive"] == before["passive"]
 
 
+def fallen_back(
+    boot: upgrading.Boot, slot: str, active: str, passive: str
+) -> tuple[Upgradable, dict[str, str | None]]:
+    """Boot a slot instead of active, with these states of the images; give these too."""
+    here = boot(slot)
+    given_up(here)
+    before = here.images()
+    here.set(judged(before["active"], active), judged(before["passive"], passive))
+    return here, before
+
+
 def given_up(here: Upgradable, slot: str = "active") -> None:
     """Let the boot loader have started another slot than this one."""
     line = f"{upgrading.COMMANDS[here.slot]} upgrade_failure={slot}\n"
@@ -165,10 +173,7 @@ def test_two_upgrades_after_a_fallback_without_a_reboot(
     boot: upgrading.Boot, new: Path, newer: Path
 ) -> None:
     """What could not be booted was in active: by the second upgrade the first new image is there."""
-    here = boot("recovery")
-    given_up(here)
-    before = here.images()
-    here.set(judged(before["active"], GOOD), judged(before["passive"], BAD))
+    here, _ = fallen_back(boot, "recovery", GOOD, BAD)
     assert here.run("upgrade", f"dir:{new}").status == 0
     made = here.images()["active"]
     ran = here.run("upgrade", f"dir:{newer}")
@@ -179,10 +184,7 @@ def test_two_upgrades_after_a_fallback_without_a_reboot(
 def test_two_upgrades_after_a_fallback_keep_what_is_good(
     boot: upgrading.Boot, new: Path, newer: Path
 ) -> None:
-    here = boot("recovery")
-    given_up(here)
-    before = here.images()
-    here.set(judged(before["active"], GOOD), judged(before["passive"], GOOD))
+    here, before = fallen_back(boot, "recovery", GOOD, GOOD)
     for source in (new, newer):
         assert here.run("upgrade", f"dir:{source}").status == 0
         assert bootable(here)["passive"] == before["passive"]
@@ -202,10 +204,7 @@ def test_what_could_not_be_booted_and_is_all_there_is(boot: upgrading.Boot, new:
 
 
 def test_recovery_is_kept_where_nothing_else_could_be_booted(boot: upgrading.Boot, new: Path) -> None:
-    here = boot("recovery")
-    given_up(here)
-    before = here.images()
-    here.set(judged(before["active"], GOOD), judged(before["passive"], BAD))
+    here, before = fallen_back(boot, "recovery", GOOD, BAD)
     ran = here.run("upgrade", "--recovery", f"dir:{new}")
     assert (ran.status, "cannot upgrade recovery: it is all there is" in ran.stderr) == (4, True)
     assert here.images() == before
