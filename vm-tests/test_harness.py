@@ -44,6 +44,15 @@ def test_writes_are_kept_only_when_asked(machine: Callable[..., Machine], plain_
     assert subprocess.run(["e2fsck", "-fn", raw], check=False, capture_output=True).returncode == 0
 
 
+def test_a_failed_unit_is_reported(machine: Callable[..., Machine], plain_disk: Disk) -> None:
+    broken = machine(plain_disk, "root=PARTLABEL=root rw quiet", initramfs="plain")
+
+    failed = "systemd-run --unit=broken false; until systemctl is-failed broken; do sleep 0.1; done"
+    report = broken.boot(commands=(failed,))
+
+    assert report.failed_units == ["broken.service"]
+
+
 def test_limit_ends_a_machine_that_hangs(machine: Callable[..., Machine], plain_disk: Disk) -> None:
     seen: list[Guest] = []
 
