@@ -122,11 +122,15 @@ def disk(suite: str = SUITE, filesystem: str = "ext4") -> Disk:
 
 
 def set_environment(oem: Path, tries: int = 3, **values: str) -> None:
-    """Change variables of GRUB's environment block, and how many boots the images have left."""
+    """Change variables of GRUB's environment block, and how many boots the images have left.
+
+    One that is empty is taken out.
+    """
     file = oem / "grubenv"
     known = grubenv.parse(file.read_bytes())
     known |= {name: str(tries) for name in known if name.startswith("tries_")}
-    file.write_bytes(grubenv.render({**known, **values}))
+    known |= values
+    file.write_bytes(grubenv.render({name: value for name, value in known.items() if value}))
 
 
 def described(path: Path, suite: str = SUITE) -> Disk:

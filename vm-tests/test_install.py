@@ -18,7 +18,7 @@ CMDLINE = "cat /proc/cmdline"
 
 
 def menu_waits(oem: Path) -> None:
-    """Let GRUB ask, and add nothing to a command line."""
+    """Let GRUB ask, and add nothing to a command line: as it is installed."""
     installed.set_environment(oem, timeout="", extra_cmdline="")
 
 

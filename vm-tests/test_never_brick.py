@@ -105,13 +105,15 @@ def test_both_are_lost(work: Path) -> None:
     report = machine.boot(
         limit_s=2 * LIMIT_S, commands=(STATUS, NOTICE, "immucore reset", upgrade("second"))
     )
-    after = machine.boot(limit_s=LIMIT_S, commands=(JUDGED, STATUS, NOTICE))
+    after = machine.boot(limit_s=LIMIT_S, commands=(JUDGED, STATUS, NOTICE, "immucore boot next passive"))
+    other = machine.boot(limit_s=LIMIT_S, commands=(STATUS,))
 
     came_up(report, "recovery", wanted=False)
     assert report.output("immucore reset")
     report.output(upgrade("second"))
     came_up(after, "active", "second")
     assert states(after) == {"active": "good", "passive": "trying"}
+    came_up(other, "passive", "first")
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, zero])

@@ -105,4 +105,5 @@ def test_a_slot_is_taken_for_a_reboot_and_given_back_by_the_next_verdict(
     expect.healthy(second, "active", "/cOS/active.img")
     assert "immucore/reboot-lock/default: 1 of 1 slots taken" in second.output(taken)
     assert "0123456789abcdef0123456789abcdef  2" in second.output(taken)
-    assert "immucore/reboot-lock/default: 0 of 1 slots taken" in second.output(free)
+    assert second.output(free) == "immucore/reboot-lock/default: 0 of 1 slots taken"
+    assert "the slot of the reboot lock is given back" in second.messages("immucore-reboot-release.service")
